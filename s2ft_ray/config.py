@@ -1,0 +1,319 @@
+"""A run as one YAML document: its sections, their limits, and how a fault in them is told.
+
+Invariant: a ``RunConfig`` that exists is consistent in itself. What needs the world (does the
+model exist, has the cluster room, is the data readable) is checked by the part that looks.
+Imports no torch, ray or mlflow, so that a waiting driver or a command line starts at once.
+"""
+
+import difflib
+import os
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+
+import yaml
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic_core import ErrorDetails
+
+from s2ft_ray.errors import ConfigError
+
+NAME_PATTERN = r"^[a-z0-9][a-z0-9-]{0,62}$"
+Projection = Literal["q", "k", "v", "o", "up", "gate", "down"]
+Share = Annotated[float, Field(gt=0, le=1)]
+
+
+def s2ft_home() -> Path:
+    """Return the folder of this machine's state: ``$S2FT_HOME``, else ``~/.s2ft_ray``."""
+    return Path(os.environ.get("S2FT_HOME") or Path.home() / ".s2ft_ray").expanduser().absolute()
+
+
+class Section(BaseModel):
+    """A part of the document: unknown keys are faults, values don't change after reading."""
+
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, allow_inf_nan=False, use_attribute_docstrings=True
+    )
+
+
+def _check_selection(budgets: dict[Projection, float]) -> dict[Projection, float]:
+    if not budgets:
+        raise ValueError("no budget is set; name at least one of q k v o up gate down")
+    return budgets
+
+
+class S2FTConfig(Section):
+    """What is trained: which share of which projections, and how it is chosen.
+
+    Source: arXiv 2412.06289, section 3.
+    """
+
+    budgets: Annotated[dict[Projection, Share], AfterValidator(_check_selection)] = {
+        "o": 0.03,
+        "down": 0.03,
+    }
+    """Share of the heads (q k v o) or channels (up gate down), above 0 and at most 1."""
+    selection: Literal["random", "weight", "activation", "product", "gradient"] = "random"
+    """What ranks heads and channels."""
+    subset: Literal["small", "large"] = "small"
+    """Which end of the score is taken; no meaning for ``random``."""
+    allocation: Literal["uniform", "global"] = "uniform"
+    """The same count in every layer, or the best over all layers."""
+    layers: list[int] | None = None
+    """Indices of the decoder layers to train; None: all."""
+    layout: Literal["gathered", "permuted"] = "gathered"
+    """Slices gathered by index, or made contiguous by co-permutation; the same mathematics."""
+    seed: int = Field(default=0, ge=0, lt=2**63)
+    """Seed of the random selection."""
+
+    def __init__(self, **values: Any) -> None:
+        try:
+            super().__init__(**values)
+        except ValidationError as error:
+            faults = (_describe(fault, S2FTConfig) for fault in error.errors())
+            raise ConfigError(*faults) from None
+
+
+class ModelConfig(Section):
+    """The base model."""
+
+    name_or_path: str = "s2ft://tiny"
+    """A Hugging Face name, a folder in Hugging Face layout, or the embedded ``s2ft://tiny``."""
+    revision: str | None = None
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """Of the frozen base; ``auto`` takes the checkpoint's. Slices and optimizer state are fp32."""
+    attn_implementation: Literal["sdpa", "eager", "flash_attention_2", "flex_attention"] = "sdpa"
+    trust_remote_code: bool = False
+
+
+class DataConfig(Section):
+    """The training data and how a row becomes tokens and targets."""
+
+    train: str
+    """A JSONL or JSON file: chat, prompt/completion, instruction or text rows."""
+    eval: str | None = None
+    """A held-out file in the same form; None: rows are held out of ``train``."""
+    format: Literal["auto", "chat", "completion", "instruction", "text"] = "auto"
+    max_seq_len: int = Field(default=512, ge=2)
+    """In tokens; longer rows are cut at the end, and counted."""
+    packing: bool = False
+    """Put several rows into one sequence, without attention across them."""
+    train_on: Literal["completion", "assistant", "all"] = "completion"
+    """Which tokens are targets: the last completion, every assistant turn, or everything."""
+    chat_template: str | None = None
+    """A Jinja chat template, or a file that holds one; None: the tokenizer's own."""
+    invalid_rows: Literal["error", "drop"] = "error"
+    """Refuse a file with faulty rows, or drop them, counted and named."""
+
+
+class OptimConfig(Section):
+    """AdamW and its schedule."""
+
+    lr: float = Field(default=2e-4, gt=0)
+    betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = (
+        0.9,
+        0.95,
+    )
+    weight_decay: float = Field(default=0.0, ge=0)
+    warmup_steps: int = Field(default=0, ge=0)
+    schedule: Literal["linear", "cosine", "constant"] = "linear"
+    max_grad_norm: float = Field(default=1.0, gt=0)
+    epochs: float | None = Field(default=None, gt=0)
+    """Passes over the data; one of epochs and max_steps, 3 epochs where neither is set."""
+    max_steps: int | None = Field(default=None, ge=1)
+    global_batch_size: int = Field(default=16, ge=1)
+    """Rows (packed sequences under ``packing``) in one optimizer step, over all workers."""
+    micro_batch_size: int = Field(default=4, ge=1)
+    """Rows in one forward pass of one worker."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _default_length(cls, values: Any) -> Any:
+        if isinstance(values, dict) and values.get("epochs") is values.get("max_steps") is None:
+            return {**values, "epochs": 3.0}
+        return values
+
+    @model_validator(mode="after")
+    def _check_length(self) -> Self:
+        if self.epochs is not None and self.max_steps is not None:
+            raise ValueError("epochs and max_steps are both set; keep one of them")
+        return self
+
+
+class ParallelConfig(Section):
+    """The workers and what each holds."""
+
+    num_workers: Annotated[int, Field(ge=1)] | tuple[int, int] = 1
+    """How many, or [fewest, most] for a run that may be resized."""
+    resources_per_worker: dict[str, Annotated[float, Field(gt=0)]] = {"CPU": 1}
+    use_gpu: bool = False
+    sharding: Literal["auto", "replicate", "full", "hybrid"] = "auto"
+    """Where the frozen base lives: a copy on each worker, or sharded. Slices are always sharded."""
+    activation_checkpointing: bool = False
+
+    @model_validator(mode="after")
+    def _check_range(self) -> Self:
+        if isinstance(self.num_workers, tuple):
+            low, high = self.num_workers
+            if not 1 <= low <= high:
+                raise ValueError(f"num_workers [{low}, {high}] is no range; write 1 <= low <= high")
+        return self
+
+
+class EvaluationConfig(Section):
+    """What is looked at while the run goes on."""
+
+    every_steps: int = Field(default=50, ge=1)
+    """Evaluate on the held-out rows after so many steps, and at the end."""
+    num_samples: int = Field(default=3, ge=0)
+    """Held-out prompts whose greedy answers are shown with each evaluation."""
+    max_new_tokens: int = Field(default=32, ge=1)
+    """Length of such an answer."""
+
+
+class CheckpointConfig(Section):
+    """Where and how often the run's state is saved."""
+
+    storage_path: str | None = None
+    """Folder of the runs, reached by every worker; None: ``$S2FT_HOME/runs``."""
+    every_steps: int = Field(default=50, ge=1)
+    keep: int = Field(default=2, ge=1)
+    """How many of the newest checkpoints stay."""
+
+
+class RegistryConfig(Section):
+    """What becomes of the adapter."""
+
+    alias: str = Field(default="champion", pattern=r"^[A-Za-z][A-Za-z0-9_-]{0,62}$")
+    """The alias that the new version gets."""
+    parent: str | None = None
+    """An adapter to start from: ``<tenant>.<name>[:version|@alias]``, or an adapter's folder."""
+
+
+class TrackingConfig(Section):
+    """Where metrics go."""
+
+    uri: str | None = None
+    """An MLflow tracking URI; None: ``$MLFLOW_TRACKING_URI``, else the SQLite file in S2FT_HOME."""
+    experiment: str | None = None
+    """None: ``s2ft/<tenant>``."""
+
+
+class RunConfig(Section):
+    """One fine-tune of one tenant. A run is a function of (config, data, base, seed)."""
+
+    tenant: str = Field(pattern=NAME_PATTERN)
+    name: str = Field(pattern=NAME_PATTERN)
+    priority: int = 0
+    seed: int = Field(default=0, ge=0, lt=2**63)
+    """Of the data's order; the selection has its own, ``method.seed``."""
+    model: ModelConfig = ModelConfig()
+    data: DataConfig
+    method: S2FTConfig = S2FTConfig()
+    optim: OptimConfig = OptimConfig()
+    parallel: ParallelConfig = ParallelConfig()
+    evaluation: EvaluationConfig = EvaluationConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    registry: RegistryConfig = RegistryConfig()
+    tracking: TrackingConfig = TrackingConfig()
+
+    @model_validator(mode="after")
+    def _check_batches(self) -> Self:
+        workers = self.parallel.num_workers
+        batch, micro = self.optim.global_batch_size, self.optim.micro_batch_size
+        for count in {workers} if isinstance(workers, int) else set(workers):
+            step = micro * count
+            if batch % step:
+                raise ValueError(
+                    f"optim.global_batch_size {batch} is no multiple of optim.micro_batch_size"
+                    f" {micro} x {count} workers; take {-(-batch // step) * step}"
+                )
+        return self
+
+    @property
+    def registered_name(self) -> str:
+        """The name in the model registry: ``<tenant>.<name>``."""
+        return f"{self.tenant}.{self.name}"
+
+    def to_yaml(self) -> str:
+        """Return the resolved document: every key, in the order of the sections."""
+        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)
+
+
+def load_config(path: str | Path, overrides: list[str] | None = None) -> RunConfig:
+    """Read a run from a YAML file, with ``section.key=value`` overrides applied in order.
+
+    Raises ConfigError with one fault for every key that is unknown (naming the nearest known),
+    missing, of the wrong type or out of range.
+    """
+    path = Path(path)
+    try:
+        document = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"{path}: can't be read: {error.strerror or error}") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: no valid YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(document, dict):
+        raise ConfigError(f"{path}: holds {type(document).__name__}, not a mapping of sections")
+    for override in overrides or []:
+        _apply_override(document, override)
+    return parse_config(document, source=str(path))
+
+
+def parse_config(document: dict[str, Any], source: str = "config") -> RunConfig:
+    """Turn a mapping into a run; `source` names it in each fault."""
+    try:
+        return RunConfig.model_validate(document)
+    except ValidationError as error:
+        faults = []
+        for fault in error.errors():
+            cause = fault.get("ctx", {}).get("error")
+            if isinstance(cause, ConfigError):  # a section that checks itself
+                section = ".".join(map(str, fault["loc"]))
+                faults += [f"{source}: {section}.{line}" for line in cause.faults]
+            else:
+                faults.append(f"{source}: {_describe(fault, RunConfig)}")
+        raise ConfigError(*faults) from None
+
+
+def _apply_override(document: dict[str, Any], override: str) -> None:
+    key, sep, text = override.partition("=")
+    if not sep or not key:
+        raise ConfigError(f"--set {override}: write section.key=value")
+    *parents, last = key.split(".")
+    section = document
+    for parent in parents:
+        child = section.setdefault(parent, {})
+        if not isinstance(child, dict):
+            raise ConfigError(f"--set {override}: {parent} is a value, not a section")
+        section = child
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"--set {override}: no valid YAML value: {text!r}") from error
+    section[last] = value
+
+
+def _describe(fault: ErrorDetails, root: type[BaseModel]) -> str:
+    location = [str(part) for part in fault["loc"] if part not in ("int", "[key]")]
+    key = ".".join(location)
+    if fault["type"] == "extra_forbidden":
+        known = _known_keys(root, location[:-1])
+        nearest = difflib.get_close_matches(location[-1], known, n=1)
+        hint = f"did you mean {nearest[0]}?" if nearest else f"known here: {', '.join(known)}"
+        return f"{key}: unknown key; {hint}"
+    if fault["type"] == "missing":
+        return f"{key}: is required"
+    message = fault["msg"].removeprefix("Value error, ")
+    if not key:
+        return message
+    value = fault["input"]
+    shown = "" if isinstance(value, dict | BaseModel) else f" (got {value!r})"
+    return f"{key}: {message[0].lower()}{message[1:]}{shown}"
+
+
+def _known_keys(root: type[BaseModel], location: list[str]) -> list[str]:
+    section = root
+    for part in location:
+        annotation = section.model_fields[part].annotation
+        assert isinstance(annotation, type)
+        section = annotation
+    return list(section.model_fields)

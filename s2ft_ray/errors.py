@@ -1,0 +1,53 @@
+"""Every error that the package raises on purpose.
+
+    S2FTError
+    ├── ConfigError      (ValueError)    a run's or a method's configuration
+    ├── DataError        (ValueError)    a data file or a row in it
+    ├── AdapterError     (ValueError)    an adapter, its files, or the base it meets
+    ├── CheckpointError  (RuntimeError)  a checkpoint that can't be written, read or trusted
+    ├── JobError         (RuntimeError)  a run that can't go on
+    └── ServingError     (RuntimeError)  a request or an engine that can't be served
+
+An error is made of its faults, one line each: ``ConfigError("optim.lr: ...", "data.train: ...")``.
+The faults are the exception's ``args``, so each error survives pickling (Ray moves them between
+processes) and prints as its lines. A fault names the value, the limit and the way out.
+"""
+
+
+class S2FTError(Exception):
+    """The root: ``except S2FTError`` catches whatever this package raises on purpose."""
+
+    def __init__(self, *faults: str) -> None:
+        super().__init__(*faults)
+
+    @property
+    def faults(self) -> tuple[str, ...]:
+        """The faults, one clear line each, in the order in which they were found."""
+        return tuple(str(fault) for fault in self.args)
+
+    def __str__(self) -> str:
+        return "\n".join(self.faults)
+
+
+class ConfigError(S2FTError, ValueError):
+    """A configuration that can't be run: what the user wrote is at fault."""
+
+
+class DataError(S2FTError, ValueError):
+    """A data file or row that can't be trained on; names file and line."""
+
+
+class AdapterError(S2FTError, ValueError):
+    """An adapter that is damaged, foreign, or doesn't fit the model it meets."""
+
+
+class CheckpointError(S2FTError, RuntimeError):
+    """A checkpoint that can't be written, read back or trusted."""
+
+
+class JobError(S2FTError, RuntimeError):
+    """A run that had to stop: divergence, lost workers, resources that never come."""
+
+
+class ServingError(S2FTError, RuntimeError):
+    """A request or an engine that can't be served."""
