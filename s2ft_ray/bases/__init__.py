@@ -1,0 +1,12 @@
+"""Base models by name: the embedded ``s2ft://tiny``, folders in Hugging Face layout, hub names."""
+
+from s2ft_ray.bases.folders import base_name, resolve_base
+from s2ft_ray.bases.loading import load_base_model, load_model_config, load_tokenizer
+
+__all__ = [
+    "base_name",
+    "load_base_model",
+    "load_model_config",
+    "load_tokenizer",
+    "resolve_base",
+]
