@@ -10,12 +10,16 @@
 
 An error is made of its faults, one line each: ``ConfigError("optim.lr: ...", "data.train: ...")``.
 The faults are the exception's ``args``, so each error survives pickling (Ray moves them between
-processes) and prints as its lines. A fault names the value, the limit and the way out.
+processes) and prints as its lines. A fault names the value, the limit and the way out. An error
+knows the exit code of a command that ends with it: 2 for what the user wrote or can mend (input,
+storage), 1 for the rest.
 """
 
 
 class S2FTError(Exception):
     """The root: ``except S2FTError`` catches whatever this package raises on purpose."""
+
+    exit_code = 1
 
     def __init__(self, *faults: str) -> None:
         super().__init__(*faults)
@@ -32,17 +36,25 @@ class S2FTError(Exception):
 class ConfigError(S2FTError, ValueError):
     """A configuration that can't be run: what the user wrote is at fault."""
 
+    exit_code = 2
+
 
 class DataError(S2FTError, ValueError):
     """A data file or row that can't be trained on; names file and line."""
+
+    exit_code = 2
 
 
 class AdapterError(S2FTError, ValueError):
     """An adapter that is damaged, foreign, or doesn't fit the model it meets."""
 
+    exit_code = 2
+
 
 class CheckpointError(S2FTError, RuntimeError):
     """A checkpoint that can't be written, read back or trusted."""
+
+    exit_code = 2
 
 
 class JobError(S2FTError, RuntimeError):

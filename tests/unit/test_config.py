@@ -1,0 +1,119 @@
+import pickle
+from pathlib import Path
+
+import pytest
+
+from s2ft_ray import errors
+from s2ft_ray.config import RunConfig, S2FTConfig, load_config, parse_config
+from s2ft_ray.errors import ConfigError
+
+MINIMAL = {"tenant": "acme", "name": "bot", "data": {"train": "a.jsonl"}}
+
+
+def faults_of(document: dict) -> tuple[str, ...]:
+    with pytest.raises(ConfigError) as caught:
+        parse_config(document, source="run.yaml")
+    return caught.value.faults
+
+
+def test_a_resolved_run_reads_back_as_itself(tmp_path: Path) -> None:
+    config = parse_config({**MINIMAL, "optim": {"lr": "1e-3", "max_steps": 7}})
+    path = tmp_path / "run.yaml"
+    path.write_text(config.to_yaml())
+    assert load_config(path) == config
+    assert config.optim.lr == 1e-3
+    assert config.optim.epochs is None
+
+
+def test_overrides_apply_in_order_and_reach_new_sections(tmp_path: Path) -> None:
+    path = tmp_path / "run.yaml"
+    path.write_text("tenant: acme\nname: bot\ndata: {train: a.jsonl}\n")
+    config = load_config(
+        path, ["optim.lr=1", "optim.lr=1e-3", "method.budgets={down: 0.5}", "data.packing=true"]
+    )
+    assert config.optim.lr == 1e-3
+    assert config.method.budgets == {"down": 0.5}
+    assert config.data.packing is True
+
+
+@pytest.mark.parametrize(
+    ("change", "expected"),
+    [
+        ({"modl": {}}, "modl: unknown key; did you mean model?"),
+        ({"optim": {"learning": 1}}, "optim.learning: unknown key; known here: lr, betas"),
+        ({"optim": {"lr": -1}}, "optim.lr: input should be greater than 0 (got -1)"),
+        ({"optim": {"lr": float("inf")}}, "optim.lr: input should be a finite number"),
+        ({"optim": {"epochs": 1, "max_steps": 2}}, "optim: epochs and max_steps are both set"),
+        ({"method": {"budgets": {"o": 1.5}}}, "method.budgets.o: input should be less than"),
+        ({"method": {"budgets": {"oo": 0.5}}}, "method.budgets.oo: input should be 'q'"),
+        ({"method": {"budgets": {}}}, "method.budgets: no budget is set"),
+        ({"parallel": {"num_workers": [4, 1]}}, "parallel: num_workers [4, 1] is no range"),
+        ({"parallel": {"num_workers": 0}}, "parallel.num_workers"),
+        ({"tenant": "Acme Inc"}, "tenant: string should match pattern"),
+        ({"data": {}}, "data.train: is required"),
+        (
+            {"optim": {"global_batch_size": 10, "micro_batch_size": 4}},
+            "optim.global_batch_size 10 is no multiple of optim.micro_batch_size 4 x 1 workers;"
+            " take 12",
+        ),
+    ],
+)
+def test_a_fault_names_the_key_the_value_and_the_way_out(change: dict, expected: str) -> None:
+    faults = faults_of({**MINIMAL, **change})
+    assert any(fault.startswith(f"run.yaml: {expected}") for fault in faults), faults
+
+
+def test_every_fault_is_told_at_once() -> None:
+    assert len(faults_of({"tenant": "A", "data": {"max_seq_len": 0}, "seed": -1})) == 5
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        (None, "can't be read: No such file"),
+        ("a: [", "no valid YAML"),
+        ("- 1", "holds list, not a mapping"),
+        ("\x00", "no valid YAML"),
+    ],
+)
+def test_an_unreadable_file_is_one_clear_fault(
+    tmp_path: Path, text: str | None, expected: str
+) -> None:
+    path = tmp_path / "run.yaml"
+    if text is not None:
+        path.write_text(text)
+    with pytest.raises(ConfigError) as caught:
+        load_config(path)
+    assert len(caught.value.faults) == 1
+    assert expected in str(caught.value)
+
+
+@pytest.mark.parametrize("override", ["lr", "=1", "tenant.x=1", "data.train=[}"])
+def test_a_bad_override_is_named(tmp_path: Path, override: str) -> None:
+    path = tmp_path / "run.yaml"
+    path.write_text("tenant: acme\nname: bot\ndata: {train: a}\n")
+    with pytest.raises(ConfigError, match="--set"):
+        load_config(path, [override])
+
+
+def test_the_method_alone_raises_config_errors_too() -> None:
+    with pytest.raises(ConfigError, match=r"budgets\.o: .*greater than 0"):
+        S2FTConfig(budgets={"o": 0})
+    with pytest.raises(ConfigError, match="did you mean seed"):
+        S2FTConfig(sead=1)
+
+
+def test_every_error_survives_pickling() -> None:
+    kinds = [kind for kind in vars(errors).values() if isinstance(kind, type)]
+    assert len(kinds) == 7
+    for kind in kinds:
+        copy = pickle.loads(pickle.dumps(kind("a: 1", "b: 2")))
+        assert type(copy) is kind
+        assert copy.faults == ("a: 1", "b: 2")
+
+
+def test_the_schema_names_every_section_of_the_contract() -> None:
+    sections = {"model", "data", "method", "optim", "parallel", "checkpoint", "registry"}
+    assert sections | {"tenant", "name", "priority", "seed", "tracking"} <= set(
+        RunConfig.model_fields
+    )

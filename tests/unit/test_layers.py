@@ -1,0 +1,96 @@
+"""The rooms and who may know whom: imports go down only."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).parents[2] / "s2ft_ray"
+LEVELS = [
+    {"errors"},
+    {"config"},
+    {"method", "data", "bases", "accounts"},
+    {"registry"},
+    {"training", "scheduler", "serving"},
+    {"node", "cli"},
+]
+LEVEL = {room: level for level, rooms in enumerate(LEVELS) for room in rooms}
+# What only some rooms may import from outside, by its first name.
+OWNERS = {
+    "mlflow": {"registry"},
+    "ray": {"training", "scheduler", "serving", "node", "cli"},
+    "torch": {"method", "data", "bases", "registry", "training", "serving"},
+    "transformers": {"data", "bases", "registry", "training", "serving"},
+}
+# Peers of one level that may be asked all the same, and why.
+ALLOWED_PEERS = {("cli", "node")}
+
+
+def room_of(path: Path) -> str:
+    relative = path.relative_to(PACKAGE)
+    return relative.parts[0].removesuffix(".py")
+
+
+def imported_names(path: Path) -> set[str]:
+    names = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: relative import"
+            assert node.module is not None
+            names.add(node.module)
+            names |= {f"{node.module}.{alias.name}" for alias in node.names}
+    return names
+
+
+FILES = sorted(path for path in PACKAGE.rglob("*.py") if room_of(path) != "__init__")
+
+
+def test_every_room_has_a_level() -> None:
+    assert {room_of(path) for path in FILES} <= set(LEVEL)
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(PACKAGE)))
+def test_imports_go_down_only(path: Path) -> None:
+    room = room_of(path)
+    for name in imported_names(path):
+        first, *rest = name.split(".")
+        if first == "s2ft_ray":
+            other = rest[0] if rest else room
+            if other in LEVEL and other != room and (room, other) not in ALLOWED_PEERS:
+                assert LEVEL[other] < LEVEL[room], f"{room} imports {other}"
+        else:
+            assert room in OWNERS.get(first, {room}), f"{room} imports {first}"
+
+
+def test_method_needs_torch_and_safetensors_alone() -> None:
+    outside = {
+        name.split(".")[0]
+        for path in FILES
+        if room_of(path) == "method"
+        for name in imported_names(path)
+    }
+    allowed = {"torch", "safetensors", "s2ft_ray"}
+    assert outside - allowed <= set(sys.stdlib_module_names)
+
+
+@pytest.mark.parametrize(
+    ("module", "absent"),
+    [
+        ("s2ft_ray.method", ("ray", "mlflow", "transformers", "datasets")),
+        ("s2ft_ray.config", ("torch", "ray", "mlflow", "transformers", "datasets")),
+        ("s2ft_ray", ("torch", "ray", "mlflow", "transformers", "datasets")),
+        ("s2ft_ray.cli", ("torch", "ray", "mlflow", "transformers", "datasets")),
+    ],
+)
+def test_module_imports_without_the_packages_above_it(module: str, absent: tuple[str, ...]) -> None:
+    program = (
+        "import sys\n"
+        f"sys.modules.update(dict.fromkeys({absent!r}))\n"  # None: import raises
+        f"import {module}\n"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
