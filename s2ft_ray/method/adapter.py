@@ -1,0 +1,74 @@
+"""An adapter in memory: which entries of which weights change, and by how much.
+
+Invariant: indices are rows or columns of the base's weights in their original order, ascending;
+deltas are fp32 on the CPU. An adapter is a value: nothing changes one after it was made.
+
+Dimensions: D out, F in, K selected.
+"""
+
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from s2ft_ray.config import S2FTConfig
+from s2ft_ray.method import adapter_files, switching
+from s2ft_ray.method.fingerprint import fingerprint_slices
+from s2ft_ray.method.parts import AdapterSlice, BaseInfo
+
+
+@dataclass(frozen=True, eq=False)
+class Adapter:
+    """A trained S2FT adapter."""
+
+    slices: dict[str, AdapterSlice]
+    """By module name."""
+    base: BaseInfo
+    config: S2FTConfig
+    training: dict[str, Any] = field(default_factory=dict)
+    """A summary of how it was trained: JSON, free of form, no part of the fingerprint."""
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """The adapter's identity: sha256 of its slices and its base's fingerprint."""
+        return fingerprint_slices(self.slices, self.base.fingerprint)
+
+    @property
+    def num_parameters(self) -> int:
+        """How many entries of the base it changes."""
+        return sum(part.delta.numel() for part in self.slices.values())
+
+    def save(self, path: str | Path) -> None:
+        """Write ``adapter_config.json`` and ``adapter_model.safetensors`` into a folder."""
+        adapter_files.write(self, Path(path))
+
+    @classmethod
+    def load(cls, path: str | Path) -> "Adapter":
+        """Read an adapter's folder. AdapterError, with every fault, where it can't be trusted."""
+        return cls(*adapter_files.read(Path(path)))
+
+    def switch_into(self, model: nn.Module) -> None:
+        """Add the deltas to a plain model's weights, in place.
+
+        Several adapters stack. AdapterError, with the model as it was, where this adapter is in
+        already, binds to a missing or mis-shaped module, or was trained on another base.
+        """
+        switching.switch_in(model, self)
+
+    def switch_out(self, model: nn.Module) -> None:
+        """Put back, bitwise, what the adapter replaced. AdapterError unless it was the last in."""
+        switching.switch_out(model, self)
+
+    def export_merged(self, model: nn.Module, path: str | Path) -> None:
+        """Save the model with this adapter in as a plain Hugging Face checkpoint.
+
+        `model` must have ``save_pretrained``; it is afterwards as it was before.
+        """
+        self.switch_into(model)
+        try:
+            plain: Any = switching.plain_model(model)
+            plain.save_pretrained(path)
+        finally:
+            self.switch_out(model)
