@@ -13,7 +13,7 @@ from s2ft_ray.method.conversion import (
 from s2ft_ray.method.fingerprint import base_fingerprint_of_files
 from s2ft_ray.method.linear import S2FTLinear
 from s2ft_ray.method.parts import AdapterSlice, BaseInfo
-from s2ft_ray.method.selection import ModuleSelection, Selection
+from s2ft_ray.method.selection import ModuleSelection, Selection, count_trainable
 from s2ft_ray.method.switching import base_fingerprint, switched_fingerprints
 
 __all__ = [
@@ -29,6 +29,7 @@ __all__ = [
     "check_supported",
     "convert",
     "convert_like",
+    "count_trainable",
     "extract_adapter",
     "restore",
     "slice_layers",

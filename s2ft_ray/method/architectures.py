@@ -48,6 +48,21 @@ class Geometry:
     num_kv_heads: int
     head_dim: int
     intermediate_size: int
+    hidden_size: int
+
+    @classmethod
+    def of(cls, hf_config: Any) -> "Geometry":
+        """Read the sizes from a Hugging Face configuration; ConfigError if it isn't supported."""
+        check_supported(hf_config)
+        num_heads = hf_config.num_attention_heads
+        return cls(
+            num_layers=hf_config.num_hidden_layers,
+            num_heads=num_heads,
+            num_kv_heads=hf_config.num_key_value_heads or num_heads,
+            head_dim=getattr(hf_config, "head_dim", None) or hf_config.hidden_size // num_heads,
+            intermediate_size=hf_config.intermediate_size,
+            hidden_size=hf_config.hidden_size,
+        )
 
 
 def supported_architectures() -> list[str]:
@@ -71,16 +86,8 @@ class Decoder:
     def __init__(self, model: nn.Module) -> None:
         """Find the projections of `model`; ConfigError where it isn't what its config says."""
         hf_config: Any = getattr(model, "config", None)
-        check_supported(hf_config)
+        self.geometry = Geometry.of(hf_config)
         self._architecture = _ARCHITECTURES[hf_config.model_type]
-        num_heads = hf_config.num_attention_heads
-        self.geometry = Geometry(
-            num_layers=hf_config.num_hidden_layers,
-            num_heads=num_heads,
-            num_kv_heads=hf_config.num_key_value_heads or num_heads,
-            head_dim=getattr(hf_config, "head_dim", None) or hf_config.hidden_size // num_heads,
-            intermediate_size=hf_config.intermediate_size,
-        )
         self._linears = {
             key: self._find_linear(model, *key)
             for layer in range(self.geometry.num_layers)

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
-from torch import Tensor, nn
+from torch import nn
 from torch.distributed.tensor import DTensor
 
 from s2ft_ray.config import S2FTConfig
@@ -22,9 +22,9 @@ from s2ft_ray.method.selection import (
     Key,
     ModuleSelection,
     Selection,
-    Structure,
     Taken,
-    random_scores,
+    check_available,
+    score_units,
     select,
     to_units,
 )
@@ -57,14 +57,16 @@ def convert(
     """
     model = plain_model(model)
     decoder = _check_plain(model)
-    _check_config(config, calibration)
+    check_available(config)
+    if calibration is not None:
+        raise ConfigError("calibration: a random selection looks at no data; leave it out")
     taken = Taken()
     for adapter in avoid:
         bind(model, adapter)
         for name, part in adapter.slices.items():
             if key := decoder.locate(name):
                 taken.add(key, part.indices.tolist(), decoder.geometry)
-    chosen = select(config, decoder.geometry, _score(config, decoder), taken)
+    chosen = select(config, decoder.geometry, score_units(config, decoder.geometry), taken)
     return _convert(model, decoder, config, chosen, _describe_base(model))
 
 
@@ -139,33 +141,6 @@ def _check_plain(model: nn.Module) -> Decoder:
             f"adapter {switched[-1][:12]} is switched into the model; switch_out(model) first"
         )
     return Decoder(model)
-
-
-def _check_config(config: S2FTConfig, calibration: Iterable[Any] | None) -> None:
-    faults = []
-    if config.selection != "random":
-        faults.append(f"method.selection: {config.selection!r} is not available; take 'random'")
-    if config.allocation != "uniform":
-        faults.append(f"method.allocation: {config.allocation!r} is not available; take 'uniform'")
-    if config.layout != "gathered":
-        faults.append(f"method.layout: {config.layout!r} is not available; take 'gathered'")
-    if calibration is not None and config.selection == "random":
-        faults.append("calibration: a random selection looks at no data; leave it out")
-    if faults:
-        raise ConfigError(*faults)
-
-
-def _score(config: S2FTConfig, decoder: Decoder) -> dict[tuple[int, Structure], Tensor]:
-    geometry = decoder.geometry
-    counts: dict[Structure, int] = {
-        "heads": geometry.num_heads,
-        "channels": geometry.intermediate_size,
-    }
-    return {
-        (layer, structure): random_scores(config.seed, layer, structure, count)
-        for layer in range(geometry.num_layers)
-        for structure, count in counts.items()
-    }
 
 
 def _convert(

@@ -106,6 +106,43 @@ def random_scores(seed: int, layer: int, structure: Structure, count: int) -> Te
     return torch.rand(count, generator=generator, dtype=torch.float64)
 
 
+def check_available(config: S2FTConfig) -> None:
+    """Raise ConfigError for each choice that this version doesn't make, with the ones it does."""
+    available = {"selection": ["random"], "allocation": ["uniform"], "layout": ["gathered"]}
+    faults = [
+        f"method.{key}: {getattr(config, key)!r} is not available; take {' or '.join(values)}"
+        for key, values in available.items()
+        if getattr(config, key) not in values
+    ]
+    if faults:
+        raise ConfigError(*faults)
+
+
+def score_units(config: S2FTConfig, geometry: Geometry) -> dict[tuple[int, Structure], Tensor]:
+    """Return one score for each query head and channel of each layer; the lowest are chosen."""
+    counts: dict[Structure, int] = {
+        "heads": geometry.num_heads,
+        "channels": geometry.intermediate_size,
+    }
+    return {
+        (layer, structure): random_scores(config.seed, layer, structure, count)
+        for layer in range(geometry.num_layers)
+        for structure, count in counts.items()
+    }
+
+
+def count_trainable(hf_config: Any, config: S2FTConfig) -> int:
+    """Return how many parameters `convert` would train, without a model.
+
+    Raises ConfigError where `convert` would for this configuration.
+    """
+    check_available(config)
+    geometry = Geometry.of(hf_config)
+    chosen = select(config, geometry, score_units(config, geometry), Taken())
+    # Every projection has hidden_size on the side that isn't selected from.
+    return sum(len(indices) for indices in chosen.values()) * geometry.hidden_size
+
+
 def select(
     config: S2FTConfig,
     geometry: Geometry,
