@@ -1,0 +1,30 @@
+"""Training data: files of rows become tokens with targets, and a stream of batches.
+
+    source -> formats -> chat, encoding -> validation -> prepared      on the driver
+    loader -> packing, batches                                         on each worker
+
+A row's tokens and its ``target_mask`` stay together; everything else is derived from them.
+"""
+
+from s2ft_ray.data.batches import IGNORE_INDEX, MicroBatch
+from s2ft_ray.data.formats import encode_prompt, render_prompt
+from s2ft_ray.data.loader import Step, TrainLoader, eval_batches, num_steps
+from s2ft_ray.data.packing import pack_rows, packing_efficiency
+from s2ft_ray.data.prepared import DataReport, EvalPrompt, PreparedData, prepare_data
+
+__all__ = [
+    "IGNORE_INDEX",
+    "DataReport",
+    "EvalPrompt",
+    "MicroBatch",
+    "PreparedData",
+    "Step",
+    "TrainLoader",
+    "encode_prompt",
+    "eval_batches",
+    "num_steps",
+    "pack_rows",
+    "packing_efficiency",
+    "prepare_data",
+    "render_prompt",
+]

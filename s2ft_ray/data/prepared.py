@@ -1,0 +1,252 @@
+"""A run's data, ready to train on: prepared once by the driver, loaded by every worker.
+
+Invariant: what ``load`` gives is what ``prepare_data`` made. Workers touch neither the source
+file nor the chat template, so they can't disagree about a row.
+"""
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Self
+
+import datasets
+import numpy as np
+from datasets import Dataset
+from transformers import PreTrainedTokenizerBase
+
+from s2ft_ray.config import DataConfig
+from s2ft_ray.data.encoding import Encoder
+from s2ft_ray.data.source import SourceFile
+from s2ft_ray.data.token_counts import count_tokens
+from s2ft_ray.data.validation import Faults, ValidatedFile, validate_file
+from s2ft_ray.errors import DataError
+
+HELD_OUT_SHARE = 0.05
+MAX_HELD_OUT = 512
+NUM_EVAL_PROMPTS = 16
+SPLIT_STREAM = 1
+"""Keeps the draw of the held-out rows apart from those of the epochs, which are 2-tuples."""
+
+
+@dataclass(frozen=True)
+class Source:
+    """A file that rows came from."""
+
+    path: str
+    sha256: str
+    num_rows: int
+    """Rows that can be trained on."""
+
+
+@dataclass(frozen=True)
+class DataReport:
+    """What the files hold; token figures are of the training rows."""
+
+    format: str
+    sources: list[Source]
+    digest: str
+    """sha256 of the file; of the files' digests in hex, joined, where there are two."""
+    rows: int
+    eval_rows: int
+    dropped: int
+    """Faulty rows left out, over all files."""
+    dropped_rows: list[str]
+    """What was wrong with the first of them."""
+    truncated: int
+    """Rows cut to max_seq_len, over all files."""
+    tokens: int
+    target_tokens: int
+    tokens_p50: int
+    tokens_p99: int
+    tokens_max: int
+    notes: list[str]
+    """What is no fault but should be known, one line each."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the report as JSON-able values."""
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> Self:
+        """Read what ``to_dict`` wrote."""
+        return cls(**{**values, "sources": [Source(**source) for source in values["sources"]]})
+
+
+@dataclass(frozen=True)
+class EvalPrompt:
+    """A held-out row to answer: its prompt and the answer that the file has."""
+
+    prompt: str
+    """As text, to be shown; a chat's with its special tokens."""
+    expected: str
+    input_ids: list[int]
+    """The prompt's tokens exactly as in training: what the model is to be given."""
+
+
+@dataclass(frozen=True)
+class PreparedData:
+    """Encoded rows (columns input_ids, target_mask, prompt_len, line) and a report on them."""
+
+    train: Dataset
+    eval: Dataset
+    eval_prompts: list[EvalPrompt]
+    report: DataReport
+
+    def save(self, folder: str | Path) -> None:
+        """Write everything below `folder`."""
+        folder = Path(folder)
+        with _no_progress_bars():
+            self.train.save_to_disk(folder / "train")
+            self.eval.save_to_disk(folder / "eval")
+        prompts = [dataclasses.asdict(prompt) for prompt in self.eval_prompts]
+        _write_json(folder / "eval_prompts.json", prompts)
+        _write_json(folder / "report.json", self.report.to_dict())
+
+    @classmethod
+    def load(cls, folder: str | Path) -> Self:
+        """Read what ``save`` wrote; rows stay on disk, mapped into memory."""
+        folder = Path(folder)
+        try:
+            report = json.loads((folder / "report.json").read_text(encoding="utf-8"))
+            prompts = json.loads((folder / "eval_prompts.json").read_text(encoding="utf-8"))
+            return cls(
+                train=datasets.load_from_disk(folder / "train"),
+                eval=datasets.load_from_disk(folder / "eval"),
+                eval_prompts=[EvalPrompt(**prompt) for prompt in prompts],
+                report=DataReport.from_dict(report),
+            )
+        except (OSError, ValueError) as error:
+            raise DataError(f"{folder}: holds no complete prepared data: {error}") from error
+
+
+def prepare_data(config: DataConfig, tokenizer: PreTrainedTokenizerBase, seed: int) -> PreparedData:
+    """Validate every row of every file, encode them, hold rows out where no eval file is named.
+
+    `tokenizer` carries the chat template that is to be used. Raises DataError with every file's
+    faults together, ConfigError where the config or the tokenizer can't do this data.
+    """
+    encoder = Encoder(tokenizer, max_seq_len=config.max_seq_len, train_on=config.train_on)
+    faults = Faults()
+    files, fatal = _validate_files(config, encoder, faults)
+    if fatal or (faults.num_rows and config.invalid_rows == "error"):
+        raise DataError(*faults.shown, *fatal, *_summarize(faults, config))
+    empty = [_describe_empty(file, faults) for file in files if not len(file.rows)]
+    if empty:
+        raise DataError(*faults.shown, *empty)
+    train, held_out = _split(files, seed)
+    return PreparedData(
+        train=train,
+        eval=held_out,
+        eval_prompts=_eval_prompts(held_out, tokenizer),
+        report=_report(files, train, held_out, faults),
+    )
+
+
+def _validate_files(
+    config: DataConfig, encoder: Encoder, faults: Faults
+) -> tuple[list[ValidatedFile], list[str]]:
+    files: list[ValidatedFile] = []
+    fatal: list[str] = []
+    for key, path in (("data.train", config.train), ("data.eval", config.eval)):
+        if path is None:
+            continue
+        known = files[0].format if files else None
+        try:
+            source = SourceFile(path, key)
+            files.append(validate_file(source, encoder, known or config.format, faults))
+        except DataError as error:
+            fatal += error.faults
+    return files, fatal
+
+
+def _summarize(faults: Faults, config: DataConfig) -> list[str]:
+    if not faults.num_rows:
+        return []
+    hidden = faults.num_faults - len(faults.shown)
+    more = f"and {hidden} more faults; " if hidden else ""
+    rows = "1 row is" if faults.num_rows == 1 else f"{faults.num_rows} rows are"
+    way_out = (
+        "mend them"
+        if config.invalid_rows == "drop"
+        else ("mend them, or leave them out with data.invalid_rows: drop")
+    )
+    return [f"{more}{rows} faulty; {way_out}"]
+
+
+def _describe_empty(file: ValidatedFile, faults: Faults) -> str:
+    if faults.num_rows:
+        return f"{file.path}: no row is left when the faulty ones are dropped; mend some of them"
+    return f"{file.path}: is empty; it needs at least one row"
+
+
+def _split(files: list[ValidatedFile], seed: int) -> tuple[Dataset, Dataset]:
+    rows = files[0].rows
+    if len(files) == 2:
+        return rows, files[1].rows
+    if len(rows) < 2:
+        raise DataError(
+            f"{files[0].path}: has 1 row, and one must be held out for evaluation;"
+            " add rows, or name a file of held-out rows in data.eval"
+        )
+    count = min(MAX_HELD_OUT, max(1, round(len(rows) * HELD_OUT_SHARE)))
+    order = np.random.default_rng((seed, 0, SPLIT_STREAM)).permutation(len(rows))
+    return rows.select(sorted(order[count:])), rows.select(sorted(order[:count]))
+
+
+def _eval_prompts(rows: Dataset, tokenizer: PreTrainedTokenizerBase) -> list[EvalPrompt]:
+    """Cut the first rows where the answer begins; a text row, which has no prompt, halfway."""
+    prompts = []
+    for row in rows.select(range(min(NUM_EVAL_PROMPTS, len(rows)))):
+        ids = row["input_ids"]
+        cut = row["prompt_len"] if row["prompt_len"] > 1 else max(1, len(ids) // 2)
+        skipped = 1 if ids[0] == tokenizer.bos_token_id else 0
+        text = tokenizer.decode(ids[skipped:cut], clean_up_tokenization_spaces=False)
+        answer = tokenizer.decode(ids[cut:], skip_special_tokens=True)
+        prompts.append(EvalPrompt(text, answer.strip(), ids[:cut]))
+    return prompts
+
+
+def _report(
+    files: list[ValidatedFile], train: Dataset, held_out: Dataset, faults: Faults
+) -> DataReport:
+    lengths, targets = count_tokens(train)
+    p50, p99 = np.percentile(lengths, [50, 99], method="higher")
+    digests = [file.sha256 for file in files]
+    joined = hashlib.sha256("".join(digests).encode()).hexdigest()
+    return DataReport(
+        format=str(files[0].format),
+        sources=[Source(file.path, file.sha256, len(file.rows)) for file in files],
+        digest=digests[0] if len(digests) == 1 else joined,
+        rows=len(train),
+        eval_rows=len(held_out),
+        dropped=faults.num_rows,
+        dropped_rows=faults.shown,
+        truncated=sum(file.num_truncated for file in files),
+        tokens=int(lengths.sum()),
+        target_tokens=int(targets.sum()),
+        tokens_p50=int(p50),
+        tokens_p99=int(p99),
+        tokens_max=int(lengths.max()),
+        notes=[],
+    )
+
+
+def _write_json(path: Path, value: Any) -> None:
+    path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+@contextmanager
+def _no_progress_bars() -> Iterator[None]:
+    """Keep the job's log to the job's own progress line."""
+    if datasets.are_progress_bars_disabled():
+        yield
+        return
+    datasets.disable_progress_bars()
+    try:
+        yield
+    finally:
+        datasets.enable_progress_bars()

@@ -1,0 +1,170 @@
+"""A data file as numbered JSON objects: JSONL, or one JSON array of objects.
+
+Invariant: every row keeps the line on which it begins, whatever stands around it (blank lines, a
+byte order mark, an array's brackets), and a row that can't be read doesn't hide those after it.
+JSONL is streamed; an array is read whole.
+"""
+
+import hashlib
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from s2ft_ray.errors import DataError
+
+UTF8_BOM = b"\xef\xbb\xbf"
+UTF16_BOMS = (b"\xff\xfe", b"\xfe\xff")
+WANTED = "write one JSON object per line (JSONL), or one JSON array of objects"
+AS_UTF8 = "save the file as UTF-8"
+
+
+@dataclass(frozen=True, slots=True)
+class Record:
+    """A row as it stands in the file; `fault` says why there are no `fields`."""
+
+    line: int
+    fields: dict[str, Any]
+    fault: str | None = None
+
+
+class SourceFile:
+    """A readable data file; after ``records()`` has ended, ``sha256`` is that of its bytes.
+
+    `key` is the config's key that named the file. Raises DataError where nothing can be read.
+    """
+
+    def __init__(self, path: str, key: str) -> None:
+        self.path = path
+        self._file = Path(path).expanduser()
+        self._digest = hashlib.sha256()
+        if self._file.is_dir():
+            raise DataError(f"{key}: {path} is a folder; name a JSONL or JSON file in it")
+        try:
+            with self._file.open("rb") as file:
+                head = file.read(4096)
+        except FileNotFoundError:
+            raise DataError(
+                f"{key}: {path}: no such file (looked for {self._file.absolute()});"
+                " name a JSONL or JSON file"
+            ) from None
+        except OSError as error:
+            raise DataError(f"{key}: {path}: can't be read: {error.strerror or error}") from error
+        if head.startswith(UTF16_BOMS):
+            raise DataError(f"{path}:1: is UTF-16; {AS_UTF8}")
+        self._is_array = head.removeprefix(UTF8_BOM).lstrip().startswith(b"[")
+
+    @property
+    def sha256(self) -> str:
+        """Digest of the bytes read so far, in hex."""
+        return self._digest.hexdigest()
+
+    def records(self) -> Iterator[Record]:
+        """Read the rows in order. Raises DataError where the rest of an array can't be read."""
+        with self._file.open("rb") as file:
+            yield from self._array(file) if self._is_array else self._lines(file)
+
+    def _lines(self, file: BinaryIO) -> Iterator[Record]:
+        for number, raw in enumerate(file, 1):
+            self._digest.update(raw)
+            content = raw.removeprefix(UTF8_BOM) if number == 1 else raw
+            if content.isspace() or not content:
+                continue
+            if number == 1 and content.strip() == b"{":
+                raise DataError(f"{self.path}:1: an object goes on over several lines; {WANTED}")
+            yield _parse_line(number, content)
+
+    def _array(self, file: BinaryIO) -> Iterator[Record]:
+        raw = file.read()
+        self._digest.update(raw)
+        try:
+            text = raw.removeprefix(UTF8_BOM).decode("utf-8")
+        except UnicodeDecodeError as error:
+            line = raw.count(b"\n", 0, error.start) + 1
+            raise DataError(f"{self.path}:{line}: {_describe_bytes(error)}") from error
+        try:
+            yield from _parse_array(text)
+        except json.JSONDecodeError as error:
+            raise DataError(
+                f"{self.path}:{error.lineno}: is no valid JSON at column {error.colno}:"
+                f" {error.msg}; the array can't be read from here on; {WANTED}"
+            ) from error
+
+
+class _DuplicateKeyError(ValueError):
+    pass
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    fields = dict(pairs)
+    if len(fields) != len(pairs):
+        keys = [key for key, _ in pairs]
+        twice = next(key for key in keys if keys.count(key) > 1)
+        raise _DuplicateKeyError(f"{twice}: the key stands twice in one object; keep one of them")
+    return fields
+
+
+_decoder = json.JSONDecoder(object_pairs_hook=_object)
+_lenient_decoder = json.JSONDecoder()
+
+
+def _parse_line(number: int, raw: bytes) -> Record:
+    try:
+        value = _decoder.decode(raw.decode("utf-8"))
+    except UnicodeDecodeError as error:
+        return Record(number, {}, _describe_bytes(error))
+    except json.JSONDecodeError as error:
+        return Record(
+            number, {}, f"is no valid JSON at column {error.colno}: {error.msg}; {WANTED}"
+        )
+    except (ValueError, RecursionError) as error:  # a key twice, a number or a nesting too large
+        return Record(number, {}, str(error))
+    return _record(number, value)
+
+
+def _record(line: int, value: Any) -> Record:
+    if isinstance(value, dict):
+        return Record(line, value)
+    return Record(line, {}, f"is a JSON {_json_type(value)}, not an object; {WANTED}")
+
+
+def _parse_array(text: str) -> Iterator[Record]:
+    line, counted = 1, 0
+    position = _skip_space(text, text.index("[") + 1)
+    closed = text.startswith("]", position)
+    while not closed:
+        line += text.count("\n", counted, position)
+        counted = position
+        try:
+            value, position = _decoder.raw_decode(text, position)
+            record = _record(line, value)
+        except json.JSONDecodeError:
+            raise
+        except (ValueError, RecursionError) as error:
+            record = Record(line, {}, str(error))
+            _, position = _lenient_decoder.raw_decode(text, position)
+        yield record
+        position = _skip_space(text, position)
+        closed = text.startswith("]", position)
+        if not closed and not text.startswith(",", position):
+            raise json.JSONDecodeError("Expecting ',' delimiter", text, position)
+        position = _skip_space(text, position + 1)
+    if position < len(text) and not text.startswith("]", position):
+        raise json.JSONDecodeError("Extra data", text, position)
+
+
+def _skip_space(text: str, position: int) -> int:
+    while position < len(text) and text[position] in " \t\r\n":
+        position += 1
+    return position
+
+
+def _describe_bytes(error: UnicodeDecodeError) -> str:
+    byte = error.object[error.start]
+    return f"is no valid UTF-8 at byte {error.start + 1} of the line (0x{byte:02x}); {AS_UTF8}"
+
+
+def _json_type(value: Any) -> str:
+    names = {list: "array", str: "string", bool: "boolean", type(None): "null"}
+    return names.get(type(value), "number")
