@@ -127,10 +127,12 @@ def _read_document(path: Path) -> dict[str, Any]:
 
 def _parse_base(folder: Path, document: dict[str, Any]) -> BaseInfo:
     match document.get("base"):
-        case {"name": str() | None as name, "revision": str() | None as revision} as base:
-            fingerprint = base.get("fingerprint")
-            if isinstance(fingerprint, str) and re.fullmatch("[0-9a-f]{64}", fingerprint):
-                return BaseInfo(name, revision, fingerprint)
+        case {
+            "name": str() | None as name,
+            "revision": str() | None as revision,
+            "fingerprint": str() as fingerprint,
+        } if re.fullmatch("[0-9a-f]{64}", fingerprint):
+            return BaseInfo(name, revision, fingerprint)
     raise AdapterError(
         f"{folder / CONFIG_NAME}: base is not {{name, revision, fingerprint}} with a sha256"
     )
@@ -162,11 +164,12 @@ def _parse_modules(folder: Path, document: dict[str, Any]) -> dict[str, dict[str
 
 def _read_tensors(path: Path) -> dict[str, Tensor]:
     try:
-        return safetensors.torch.load(path.read_bytes())
+        tensors: dict[str, Tensor] = safetensors.torch.load(path.read_bytes())
     except OSError as error:
         raise AdapterError(f"{path}: can't be read: {error.strerror or error}") from error
     except SafetensorError as error:
         raise AdapterError(f"{path}: truncated, or no safetensors file: {error}") from error
+    return tensors
 
 
 def _check_tensors(modules: dict[str, dict[str, Any]], tensors: dict[str, Tensor]) -> Iterator[str]:

@@ -103,8 +103,10 @@ class S2FTLinear(nn.Linear):
     def forward(self, input: Tensor) -> Tensor:
         if not (self.slice.requires_grad and torch.is_grad_enabled()):
             return F.linear(input, self.weight, self.bias)
-        y = _SliceLinear.apply(input, self.weight, self.bias, self.slice, self.indices, self.side)
-        return cast(Tensor, y)
+        y: Tensor = _SliceLinear.apply(  # type: ignore[no-untyped-call]
+            input, self.weight, self.bias, self.slice, self.indices, self.side
+        )
+        return y
 
     @torch.no_grad()
     def write_back(self) -> None:
@@ -120,8 +122,8 @@ class S2FTLinear(nn.Linear):
             return
         local, (start, end) = weight.to_local(), _local_rows(weight)
         if self.side == "in":
-            sharded = isinstance(self.slice, DTensor)
-            values = self.slice.to_local() if sharded else self.slice[start:end]
+            whole: Tensor = self.slice
+            values = whole.to_local() if isinstance(whole, DTensor) else whole[start:end]
             local.index_copy_(1, self.indices, values.to(local.dtype))
         else:
             here = (self.indices >= start) & (self.indices < end)
@@ -146,7 +148,7 @@ class S2FTLinear(nn.Linear):
         return f"{super().extra_repr()}, side={self.side}, num_selected={len(self.indices)}"
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
         _layers[id(self)] = self  # a deep copy or an unpickled layer is written back too
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "S2FTLinear":
@@ -159,7 +161,8 @@ class S2FTLinear(nn.Linear):
                 return tensor.to(moved.device)
             return moved
 
-        return super()._apply(keep_dtype, recurse)
+        super()._apply(keep_dtype, recurse)  # type: ignore[no-untyped-call]
+        return self
 
     def _save_to_state_dict(
         self, destination: dict[str, Any], prefix: str, keep_vars: bool
@@ -187,7 +190,7 @@ class S2FTLinear(nn.Linear):
 
 
 def _full(tensor: Tensor) -> Tensor:
-    return cast(Tensor, tensor.full_tensor()) if isinstance(tensor, DTensor) else tensor
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 def _local_rows(tensor: DTensor) -> tuple[int, int]:
