@@ -1,0 +1,116 @@
+"""Reaching MLflow: which tracking URI, a client with short time-outs, the tenant's experiment.
+
+Invariant: nothing here touches MLflow's global state (active run, global tracking URI); every
+call goes through a client that was made for one URI.
+"""
+
+import os
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from urllib.parse import urlsplit
+
+import mlflow
+from mlflow import MlflowClient
+from mlflow.exceptions import MlflowException
+from sqlalchemy.exc import SQLAlchemyError
+
+from s2ft_ray.config import RunConfig, s2ft_home
+from s2ft_ray.errors import JobError
+
+# MLflow retries a dead server 7 times with doubling pauses, 4 minutes for one call. Retrying is
+# the callers' part here, so that each call is over soon and an end can be waited for.
+_HTTP_LIMITS = {
+    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1",
+    "MLFLOW_HTTP_REQUEST_BACKOFF_FACTOR": "0",
+    "MLFLOW_HTTP_REQUEST_BACKOFF_JITTER": "0",
+    "MLFLOW_HTTP_REQUEST_TIMEOUT": "10",
+}
+_LOOPBACK = {"localhost", "127.0.0.1", "::1"}
+
+
+def default_tracking_uri(config: RunConfig | None = None) -> str:
+    """Return ``tracking.uri``, else ``$MLFLOW_TRACKING_URI``, else the SQLite file in S2FT_HOME."""
+    configured = config.tracking.uri if config is not None else None
+    return configured or os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{_home_database()}"
+
+
+def connect(uri: str) -> MlflowClient:
+    """Make a client for `uri`, with time-outs that the user's environment may override."""
+    for name, value in _HTTP_LIMITS.items():
+        os.environ.setdefault(name, value)
+    return MlflowClient(tracking_uri=uri, registry_uri=uri)
+
+
+@contextmanager
+def reaching(uri: str, purpose: str) -> Iterator[None]:
+    """Turn what goes wrong between here and MLflow into a JobError with URI and way out."""
+    try:
+        yield
+    except (MlflowException, SQLAlchemyError, OSError) as error:
+        raise JobError(
+            f"{purpose}: MLflow at {uri} can't be used: {first_line(error)}; start it"
+            " (`s2ft up`), or name another in tracking.uri or $MLFLOW_TRACKING_URI"
+        ) from error
+
+
+def is_missing(error: MlflowException) -> bool:
+    """Tell whether MLflow answered that the thing asked for does not exist."""
+    return bool(error.error_code == "RESOURCE_DOES_NOT_EXIST")
+
+
+def first_line(error: BaseException) -> str:
+    """Return an error's first line: MLflow's messages carry whole tracebacks and SQL."""
+    text = str(error).strip()
+    return text.splitlines()[0][:300] if text else type(error).__name__
+
+
+def ensure_experiment(client: MlflowClient, name: str) -> str:
+    """Return the id of experiment `name`, making it where it doesn't exist; safe in a race.
+
+    Raises JobError where the experiment was deleted in MLflow.
+    """
+    experiment = client.get_experiment_by_name(name)
+    if experiment is None:
+        try:
+            created: str = client.create_experiment(name, _artifact_location(client, name))
+            return created
+        except MlflowException as error:
+            if error.error_code != "RESOURCE_ALREADY_EXISTS":
+                raise
+            experiment = client.get_experiment_by_name(name)
+    if experiment.lifecycle_stage != "active":
+        raise JobError(
+            f"tracking.experiment: {name!r} is deleted in MLflow; restore it (`mlflow experiments"
+            f" restore --experiment-id {experiment.experiment_id}`) or name another"
+        )
+    experiment_id: str = experiment.experiment_id
+    return experiment_id
+
+
+def _home_database() -> str:
+    return str(s2ft_home() / "mlflow.db")
+
+
+def _artifact_location(client: MlflowClient, experiment: str) -> str | None:
+    # A server's default location is a mlflow-artifacts: URI, which a reader of its database
+    # without the server can't open. On one machine a plain folder serves both; for a server
+    # elsewhere only the server's own default, or a URL that both reach, is right.
+    folder = re.sub(r"[^A-Za-z0-9_-]+", "-", experiment)
+    root = os.environ.get("S2FT_ARTIFACT_ROOT")
+    if root:
+        return f"{root.rstrip('/')}/{folder}"
+    uri = urlsplit(client.tracking_uri)
+    if uri.scheme in ("http", "https") and uri.hostname not in _LOOPBACK:
+        return None
+    return (s2ft_home() / "mlartifacts" / folder).as_uri()
+
+
+def download(client: MlflowClient, uri: str, target: str | None = None) -> Path:
+    """Fetch the artifacts at `uri` into `target`; without one, local files stay in place."""
+    return Path(
+        mlflow.artifacts.download_artifacts(
+            artifact_uri=uri, dst_path=target, tracking_uri=client.tracking_uri
+        )
+    )

@@ -1,0 +1,66 @@
+"""The adapter that a run continues (``registry.parent``), and the tags that tell of it."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from s2ft_ray.config import RunConfig
+from s2ft_ray.errors import ConfigError
+from s2ft_ray.method import Adapter
+from s2ft_ray.registry.connection import default_tracking_uri
+from s2ft_ray.registry.resolution import resolve_adapter
+
+LINEAGE_TAGS = ("parent", "parent_version", "parent_fingerprint", "job")
+
+
+@dataclass(frozen=True)
+class Parent:
+    """An adapter to start from, and where it came from."""
+
+    adapter: Adapter
+    name: str
+    """Its registered name, or the folder that it was read from."""
+    version: int | None
+    """None for a folder."""
+
+    @property
+    def tags(self) -> dict[str, str]:
+        """The lineage that the run and its version carry."""
+        tags = {"parent": self.name, "parent_fingerprint": self.adapter.fingerprint}
+        return tags if self.version is None else {**tags, "parent_version": str(self.version)}
+
+
+def resolve_parent(config: RunConfig) -> Parent | None:
+    """Find and load ``registry.parent``; None where the run has none.
+
+    Raises ConfigError where the run asks for a selection that isn't the parent's, AdapterError
+    for a parent that doesn't exist or is damaged, JobError where MLflow can't be used.
+    """
+    ref = config.registry.parent
+    if ref is None:
+        return None
+    folder = Path(ref).expanduser()
+    if (folder / "adapter_config.json").is_file():
+        parent = Parent(Adapter.load(folder), str(folder.absolute()), None)
+    elif folder.is_absolute() or folder.is_dir():
+        raise ConfigError(
+            f"registry.parent: {ref} holds no adapter_config.json; name an adapter's folder or a"
+            " registered adapter (<tenant>.<name>, ...@<alias>, ...:<version>)"
+        )
+    else:
+        found = resolve_adapter(ref, default_tracking_uri(config))
+        parent = Parent(Adapter.load(found.folder), found.name, found.version)
+    _check_selection(config, parent)
+    return parent
+
+
+def _check_selection(config: RunConfig, parent: Parent) -> None:
+    wanted = config.method
+    has = parent.adapter.config
+    faults = [
+        f"method.{key}: {getattr(wanted, key)!r} is not what the parent {parent.name} was trained"
+        f" with ({getattr(has, key)!r}); a run goes on with its parent's selection: leave it out"
+        for key in sorted(wanted.model_fields_set)
+        if getattr(wanted, key) != getattr(has, key)
+    ]
+    if faults:
+        raise ConfigError(*faults)

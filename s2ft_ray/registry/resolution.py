@@ -1,0 +1,143 @@
+"""Finding a registered adapter: from a reference to a version, its tags and a local folder.
+
+Invariant: an answer is the version that was named or none; nothing falls back to another version.
+"""
+
+import os
+import tempfile
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+from mlflow import MlflowClient
+from mlflow.entities.model_registry import ModelVersion, RegisteredModel
+from mlflow.exceptions import MlflowException
+from mlflow.models import Model
+from mlflow.pyfunc import DATA, FLAVOR_NAME
+
+from s2ft_ray.config import s2ft_home
+from s2ft_ray.errors import AdapterError
+from s2ft_ray.registry.connection import (
+    connect,
+    default_tracking_uri,
+    download,
+    is_missing,
+    reaching,
+)
+from s2ft_ray.registry.names import DEFAULT_ALIAS, ModelRef, parse_ref
+
+_MAX_LISTED = 200
+_MAX_SHOWN = 20
+
+
+@dataclass(frozen=True)
+class ResolvedAdapter:
+    """A version of a registered adapter, with its files at hand."""
+
+    name: str
+    version: int
+    alias: str | None
+    fingerprint: str
+    folder: Path
+    tags: dict[str, str]
+
+
+def resolve_adapter(ref: str, tracking_uri: str | None = None) -> ResolvedAdapter:
+    """Find the adapter that `ref` names, and bring its files here.
+
+    `ref` is ``<tenant>.<name>`` (its champion), ``...@<alias>``, ``...:<version>`` or MLflow's
+    ``models:/`` form of one. Raises ConfigError for what can't be a name, AdapterError for what
+    doesn't exist (naming what does), JobError where MLflow can't be used.
+    """
+    parsed = parse_ref(ref)
+    uri = tracking_uri or default_tracking_uri()
+    with reaching(uri, f"{ref}: can't be looked up"):
+        client = connect(uri)
+        version = _find(client, parsed)
+        folder = adapter_folder(client, version)
+    alias = parsed.alias or (None if parsed.version else DEFAULT_ALIAS)
+    return ResolvedAdapter(
+        name=parsed.name,
+        version=int(version.version),
+        alias=alias,
+        fingerprint=version.tags["fingerprint"],
+        folder=folder,
+        tags=dict(version.tags),
+    )
+
+
+def adapter_folder(client: MlflowClient, version: ModelVersion) -> Path:
+    """Return a local folder with the version's adapter files.
+
+    Files on this machine are read in place; others are fetched once and kept under
+    ``$S2FT_HOME/adapters`` by version and fingerprint, which never change.
+    """
+    uri = client.get_model_version_download_uri(version.name, version.version)
+    if uri.startswith(("file:", "/")):
+        return _data_folder(download(client, uri))
+    kept = s2ft_home() / "adapters" / version.name / f"{version.version}-{_short(version)}"
+    if not kept.exists():
+        kept.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=kept.parent) as scratch:
+            folder = _data_folder(download(client, uri, scratch))
+            try:
+                os.rename(folder, kept)
+            except OSError:
+                if not kept.exists():  # else another process was quicker, with the same files
+                    raise
+    return kept
+
+
+def _short(version: ModelVersion) -> str:
+    return str(version.tags.get("fingerprint", "unknown"))[:16]
+
+
+def _data_folder(model: Path) -> Path:
+    flavor = Model.load(str(model)).flavors[FLAVOR_NAME]
+    return model.joinpath(flavor[DATA])
+
+
+def _find(client: MlflowClient, ref: ModelRef) -> ModelVersion:
+    try:
+        if ref.version is not None:
+            return client.get_model_version(ref.name, str(ref.version))
+        return client.get_model_version_by_alias(ref.name, ref.alias or DEFAULT_ALIAS)
+    except MlflowException as error:
+        model = _registered_model(client, ref.name)
+        if model is None:
+            raise AdapterError(_unknown_name(client, ref)) from error
+        known = model.aliases if ref.version is None else _versions(client, ref.name)
+        wanted = ref.version if ref.version is not None else ref.alias or DEFAULT_ALIAS
+        if wanted in known:
+            raise
+        kind = "alias" if ref.version is None else "version"
+        raise AdapterError(
+            f"{ref}: {ref.name} has no {kind} {wanted}; it has {_listed(known)}"
+        ) from error
+
+
+def _registered_model(client: MlflowClient, name: str) -> RegisteredModel | None:
+    try:
+        return client.get_registered_model(name)
+    except MlflowException as error:
+        if is_missing(error):
+            return None
+        raise
+
+
+def _versions(client: MlflowClient, name: str) -> list[int]:
+    found = client.search_model_versions(f"name = '{name}'", max_results=_MAX_LISTED)
+    return sorted(int(version.version) for version in found)
+
+
+def _unknown_name(client: MlflowClient, ref: ModelRef) -> str:
+    tenant = ref.name.partition(".")[0]
+    found = client.search_registered_models(f"name LIKE '{tenant}.%'", max_results=_MAX_LISTED)
+    known = [model.name for model in found]
+    return f"{ref}: no adapter is registered as {ref.name}; of {tenant} there is {_listed(known)}"
+
+
+def _listed(known: Iterable[object]) -> str:
+    items = [str(item) for item in known]
+    shown = ", ".join(items[:_MAX_SHOWN]) or "none"
+    return shown + (f" and {len(items) - _MAX_SHOWN} more" if len(items) > _MAX_SHOWN else "")
