@@ -1,0 +1,8 @@
+"""Fine-tune a base model into a registered S2FT adapter: what ``ray job submit`` runs."""
+
+import sys
+
+from s2ft_ray.training.main import main
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,245 @@
+"""Checkpoints: the slices, their optimizer state, the data's position and the RNG; never the base.
+
+    checkpoints/step-00000050/
+        *.distcp, .metadata   tensors, by torch.distributed.checkpoint: any world size can read them
+        checkpoint.json       step, loader's position, world size, and the digest of each file
+
+Invariant: a folder named ``step-*`` is complete and was read back equal on every worker; it is
+written under another name and renamed. ``.metadata`` is a pickle: load from your own storage only.
+"""
+
+import hashlib
+import json
+import logging
+import os
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from torch import Tensor, nn
+from torch.distributed.checkpoint import CheckpointException
+from torch.distributed.tensor import DTensor
+
+from s2ft_ray.data import TrainLoader
+from s2ft_ray.errors import CheckpointError
+from s2ft_ray.training.parallel import Workers
+
+logger = logging.getLogger(__name__)
+MANIFEST = "checkpoint.json"
+
+
+@dataclass
+class TrainState:
+    """What a step changes: all that a checkpoint holds."""
+
+    slices: dict[str, nn.Parameter]
+    """By name in the model, in the model's order."""
+    optimizer: torch.optim.AdamW
+    loader: TrainLoader
+    step: int = 0
+    """Steps done."""
+
+
+class Checkpointer:
+    """Saves and restores a TrainState under one folder, with all workers together."""
+
+    def __init__(self, folder: Path, *, keep: int, workers: Workers) -> None:
+        self._folder = folder
+        self._keep = keep
+        self._workers = workers
+
+    def save(self, state: TrainState) -> Path:
+        """Write a checkpoint, read it back, commit it, and drop the oldest beyond `keep`.
+
+        Raises CheckpointError on every worker when any of them can't write or reads back
+        something else; the checkpoints before stay as they were.
+        """
+        final = self._folder / f"step-{state.step:08d}"
+        partial = self._folder / f".{final.name}.partial"
+        self._on_first_worker(lambda: _make_empty(partial))
+        tensors = _tensors_of(state, self._workers)
+        self._together(partial, lambda: dcp.save(tensors, checkpoint_id=partial))
+        self._read_back(partial, tensors)
+        self._on_first_worker(lambda: self._commit(partial, final, state))
+        return final
+
+    def restore(self, state: TrainState) -> int:
+        """Load the newest sound checkpoint into `state`; return its step, 0 where there is none.
+
+        A damaged one is passed over with a warning that names it and what is wrong with it.
+        """
+        chosen: list[Any] = [None]
+        if self._workers.rank == 0:
+            chosen[0] = self._newest_sound()
+        dist.broadcast_object_list(chosen)
+        if chosen[0] is None:
+            return 0
+        folder, manifest = chosen[0]
+        tensors = _tensors_of(state, self._workers)
+        if manifest["world_size"] != self._workers.world_size:
+            tensors.pop("rng")  # streams of other workers mean nothing to these
+        self._together(folder, lambda: dcp.load(tensors, checkpoint_id=folder))
+        state.step = manifest["step"]
+        state.loader.load_state_dict(manifest["loader"])
+        if "rng" in tensors:
+            _set_rng_state(tensors["rng"][f"rank{self._workers.rank}"])
+        return state.step
+
+    def newest_step(self) -> int:
+        """Return the step of the newest committed checkpoint, 0 where there is none."""
+        folders = self._committed()
+        return int(folders[-1].name.removeprefix("step-")) if folders else 0
+
+    def _committed(self) -> list[Path]:
+        return sorted(self._folder.glob("step-*"))
+
+    def _newest_sound(self) -> tuple[Path, dict[str, Any]] | None:
+        for folder in reversed(self._committed()):
+            try:
+                return folder, _verify_files(folder)
+            except CheckpointError as error:
+                logger.warning("checkpoint passed over: %s; trying the one before", error)
+                # Out of the way, so that pruning never keeps it in a sound one's place.
+                folder.rename(folder.with_name(f"damaged-{folder.name}"))
+        return None
+
+    def _read_back(self, partial: Path, tensors: dict[str, Any]) -> None:
+        copies = _empty_like(tensors)
+        self._together(partial, lambda: dcp.load(copies, checkpoint_id=partial))
+        unequal = 0.0 if _equal(tensors, copies) else 1.0
+        if self._workers.sum([unequal])[0]:
+            raise CheckpointError(
+                f"{partial}: reads back other values than were written;"
+                f" last good checkpoint: step {self.newest_step()}"
+            )
+
+    def _commit(self, partial: Path, final: Path, state: TrainState) -> None:
+        manifest = {
+            "step": state.step,
+            "world_size": self._workers.world_size,
+            "loader": state.loader.state_dict(),
+            "files": {path.name: _digest(path) for path in sorted(partial.iterdir())},
+        }
+        with (partial / MANIFEST).open("w", encoding="utf-8") as file:
+            json.dump(manifest, file, indent=2)
+            file.flush()
+            os.fsync(file.fileno())
+        partial.rename(final)
+        for old in self._committed()[: -self._keep]:
+            shutil.rmtree(old)
+
+    def _together(self, folder: Path, action: Callable[[], object]) -> None:
+        """Run a collective of DCP; its failure is a CheckpointError on every worker."""
+        try:
+            action()
+        except CheckpointException as error:  # a BaseException; raised on every worker alike
+            causes = "; ".join(
+                sorted({f"{type(exc).__name__}: {exc}" for exc, _ in error.failures.values()})
+            )
+            raise CheckpointError(self._describe(folder, causes)) from error
+
+    def _on_first_worker(self, action: Callable[[], object]) -> None:
+        """Run `action` on rank 0; when it fails, every worker raises the same error."""
+        fault: list[str | None] = [None]
+        if self._workers.rank == 0:
+            try:
+                action()
+            except OSError as error:
+                fault[0] = self._describe(self._folder, error.strerror or str(error))
+        dist.broadcast_object_list(fault)
+        if fault[0] is not None:
+            raise CheckpointError(fault[0])
+
+    def _describe(self, folder: Path, cause: str) -> str:
+        return (
+            f"{folder}: {cause}; make room there or name another checkpoint.storage_path;"
+            f" last good checkpoint: step {self.newest_step()}"
+        )
+
+
+def _tensors_of(state: TrainState, workers: Workers) -> dict[str, Any]:
+    """Name the live tensors of `state`; optimizer state that isn't there yet is made as zeros."""
+    moments: dict[str, dict[str, Tensor]] = {}
+    for name, slice_ in state.slices.items():
+        entry = state.optimizer.state[slice_]
+        if not entry:
+            # Fused AdamW counts its steps on the parameter's device.
+            entry["step"] = torch.zeros((), dtype=torch.float32, device=slice_.device)
+            entry["exp_avg"] = torch.zeros_like(slice_.detach())
+            entry["exp_avg_sq"] = torch.zeros_like(slice_.detach())
+        moments[name] = dict(entry)
+    return {
+        "slices": {name: slice_.detach() for name, slice_ in state.slices.items()},
+        "optimizer": moments,
+        "rng": {f"rank{workers.rank}": _rng_state()},
+    }
+
+
+def _rng_state() -> Tensor:
+    """The generators of this worker, as bytes: the CPU's, then its GPU's."""
+    states = [torch.get_rng_state()]
+    if torch.cuda.is_available():
+        states.append(torch.cuda.get_rng_state())
+    return torch.cat(states)
+
+
+def _set_rng_state(state: Tensor) -> None:
+    size = torch.get_rng_state().numel()
+    torch.set_rng_state(state[:size].clone())
+    if state.numel() > size:
+        torch.cuda.set_rng_state(state[size:].clone())
+
+
+def _empty_like(tensors: dict[str, Any]) -> dict[str, Any]:
+    """Copy the structure with tensors that hold nothing yet (all bits set: no value of ours)."""
+    return {
+        key: _empty_like(value)
+        if isinstance(value, dict)
+        else torch.full_like(value, 255 if value.dtype == torch.uint8 else torch.nan)
+        for key, value in tensors.items()
+    }
+
+
+def _equal(left: dict[str, Any], right: dict[str, Any]) -> bool:
+    return all(
+        _equal(value, right[key])
+        if isinstance(value, dict)
+        else torch.equal(_local(value), _local(right[key]))
+        for key, value in left.items()
+    )
+
+
+def _local(tensor: Tensor) -> Tensor:
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def _make_empty(folder: Path) -> None:
+    if folder.exists():
+        shutil.rmtree(folder)
+    folder.mkdir(parents=True)
+
+
+def _verify_files(folder: Path) -> dict[str, Any]:
+    """Check every file against the manifest. Raises CheckpointError naming the first fault."""
+    try:
+        manifest: dict[str, Any] = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+        files: dict[str, str] = manifest["files"]
+    except (OSError, ValueError, KeyError) as error:
+        raise CheckpointError(f"{folder / MANIFEST}: unreadable ({error})") from error
+    for name, digest in files.items():
+        path = folder / name
+        if not path.is_file():
+            raise CheckpointError(f"{path}: missing")
+        if _digest(path) != digest:
+            raise CheckpointError(f"{path}: damaged, its sha256 is not the one recorded")
+    return manifest
+
+
+def _digest(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

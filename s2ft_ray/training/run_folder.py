@@ -1,0 +1,116 @@
+"""The run folder: everything that one run leaves on disk, and where.
+
+    <storage>/<tenant>/<name>/<run_id>/
+        config.yaml      the resolved configuration
+        world.json       what the workers were: count, threads, sharding; a resumed run keeps them
+        data/            the encoded rows, written once by the driver
+        parent/          the adapter that the run starts from, where it has a parent
+        lineage.json     that parent's name, version and fingerprint
+        metrics.jsonl    one line for each step and evaluation, written by rank 0
+        checkpoints/     step-00000050/ ..., see ``checkpoint``
+        adapter/         the trained adapter; it exists only complete
+
+Invariant: a file here appears by rename, complete or not at all; only ``metrics.jsonl`` grows.
+"""
+
+import json
+import os
+import secrets
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from s2ft_ray.config import RunConfig, load_config, s2ft_home
+from s2ft_ray.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """The layout of one run's folder at `path`."""
+
+    path: Path
+
+    @property
+    def run_id(self) -> str:
+        return self.path.name
+
+    @property
+    def data(self) -> Path:
+        return self.path / "data"
+
+    @property
+    def parent(self) -> Path:
+        return self.path / "parent"
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.path / "checkpoints"
+
+    @property
+    def adapter(self) -> Path:
+        return self.path / "adapter"
+
+    @property
+    def metrics(self) -> Path:
+        return self.path / "metrics.jsonl"
+
+    def load_config(self) -> RunConfig:
+        """Read the resolved configuration that the run was created with."""
+        return load_config(self.path / "config.yaml")
+
+    def write_json(self, name: str, document: dict[str, Any]) -> None:
+        """Write `name` in one piece: a reader sees the old file or the new one."""
+        partial = self.path / f".{name}.partial"
+        with partial.open("w", encoding="utf-8") as file:
+            json.dump(document, file, indent=2)
+            file.flush()
+            os.fsync(file.fileno())
+        partial.rename(self.path / name)
+
+    def read_json(self, name: str) -> dict[str, Any] | None:
+        """Read `name`, or return None where it was never written."""
+        try:
+            document: dict[str, Any] = json.loads((self.path / name).read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            return None
+        return document
+
+
+def runs_root(config: RunConfig) -> Path:
+    """Return the folder that holds the runs: ``checkpoint.storage_path``, absolute."""
+    storage = config.checkpoint.storage_path
+    return Path(storage).expanduser().absolute() if storage else s2ft_home() / "runs"
+
+
+def create_run_folder(config: RunConfig) -> RunFolder:
+    """Make a new run's folder and store the resolved configuration in it.
+
+    Raises ConfigError where the storage can't be written.
+    """
+    root = runs_root(config)
+    run_id = f"{datetime.now(UTC):%Y%m%d-%H%M%S}-{secrets.token_hex(3)}"
+    path = root / config.tenant / config.name / run_id
+    try:
+        path.mkdir(parents=True)
+        (path / "config.yaml").write_text(config.to_yaml(), encoding="utf-8")
+    except OSError as error:
+        raise ConfigError(
+            f"checkpoint.storage_path: {root} can't be written ({error.strerror});"
+            " name a folder that every worker can write"
+        ) from error
+    return RunFolder(path)
+
+
+def find_run_folder(run: str, root: Path | None = None) -> RunFolder:
+    """Find a run by its id or its folder. Raises ConfigError where there is none."""
+    given = Path(run).expanduser()
+    if (given / "config.yaml").is_file():
+        return RunFolder(given.absolute())
+    root = root or s2ft_home() / "runs"
+    found = sorted(root.glob(f"*/*/{given.name}/config.yaml")) if str(given) == given.name else []
+    if len(found) != 1:
+        raise ConfigError(
+            f"--resume {run}: no run of that id under {root}, and no run folder of that path"
+        )
+    return RunFolder(found[0].parent)
