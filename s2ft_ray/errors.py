@@ -6,7 +6,8 @@
     ├── AdapterError     (ValueError)    an adapter, its files, or the base it meets
     ├── CheckpointError  (RuntimeError)  a checkpoint that can't be written, read or trusted
     ├── JobError         (RuntimeError)  a run that can't go on
-    └── ServingError     (RuntimeError)  a request or an engine that can't be served
+    ├── ServingError     (RuntimeError)  a request or an engine that can't be served
+    └── NodeError        (RuntimeError)  a service of this machine that can't be started or ended
 
 An error is made of its faults, one line each: ``ConfigError("optim.lr: ...", "data.train: ...")``.
 The faults are the exception's ``args``, so each error survives pickling (Ray moves them between
@@ -63,3 +64,7 @@ class JobError(S2FTError, RuntimeError):
 
 class ServingError(S2FTError, RuntimeError):
     """A request or an engine that can't be served."""
+
+
+class NodeError(S2FTError, RuntimeError):
+    """A service of this machine (Ray, MLflow) that can't be started or ended."""

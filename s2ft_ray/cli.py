@@ -1,0 +1,153 @@
+"""The `s2ft` command: what an operator types on one machine.
+
+Exit codes: 0 done, 1 failed, 2 bad input, 130 interrupted. A fault is one line on stderr, never a
+traceback. What a subcommand needs is imported when it runs, so that `s2ft --help` is instant.
+"""
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from s2ft_ray.errors import AdapterError, ConfigError, DataError, S2FTError
+
+if TYPE_CHECKING:
+    from s2ft_ray.node import NodeStatus
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one subcommand; return its exit code."""
+    args = _build_parser().parse_args(argv)
+    try:
+        code: int = args.run(args)
+    except S2FTError as error:
+        for fault in error.faults:
+            print(f"error: {fault}", file=sys.stderr)
+        return 2 if isinstance(error, ConfigError | DataError | AdapterError) else 1
+    except KeyboardInterrupt:
+        return 130
+    return code
+
+
+def _build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="s2ft",
+        description="Fine-tune large language models by structured sparsity, on Ray.",
+    )
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+
+    command = commands.add_parser("up", help="start this machine's Ray head and MLflow server")
+    command.add_argument(
+        "--port-base",
+        type=int,
+        metavar="PORT",
+        help="first of the 500 ports that the node takes; default: the home's last, else the"
+        " first free from 8600",
+    )
+    command.add_argument(
+        "--num-cpus",
+        type=_positive,
+        metavar="N",
+        help="CPUs that Ray hands out; default: the machine's cores",
+    )
+    command.set_defaults(run=_up)
+
+    command = commands.add_parser("down", help="end what `s2ft up` started, and nothing else")
+    command.set_defaults(run=_down)
+
+    command = commands.add_parser("status", help="show the services of this machine")
+    form = command.add_mutually_exclusive_group()
+    form.add_argument(
+        "--env", action="store_true", help="KEY=VALUE lines that make a shell a client"
+    )
+    form.add_argument("--json", action="store_true", help="the same facts for a program")
+    command.set_defaults(run=_status)
+
+    command = commands.add_parser(
+        "check", help="validate a run's configuration and data, and estimate it, without training"
+    )
+    command.add_argument("--config", required=True, metavar="FILE", help="the run, as YAML")
+    command.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        dest="overrides",
+        metavar="KEY=VALUE",
+        help="a value of the configuration, e.g. optim.lr=1e-3; may be repeated",
+    )
+    command.set_defaults(run=_check)
+    return parser
+
+
+def _positive(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{value} is below 1")
+    return value
+
+
+def _up(args: argparse.Namespace) -> int:
+    from s2ft_ray import node
+    from s2ft_ray.config import s2ft_home
+
+    status = node.up(s2ft_home(), port_base=args.port_base, num_cpus=args.num_cpus)
+    _print_table(status)
+    print('\nA shell becomes a client by:  set -a; eval "$(s2ft status --env)"; set +a')
+    print(f"The Ray dashboard asks for the token in {status.env['RAY_AUTH_TOKEN_PATH']}")
+    print("To end all this:  s2ft down")
+    return 0 if status.is_up else 1
+
+
+def _down(_: argparse.Namespace) -> int:
+    from s2ft_ray import node
+    from s2ft_ray.config import s2ft_home
+
+    ended = node.down(s2ft_home())
+    print(f"ended: {', '.join(ended)}" if ended else f"nothing is up in {s2ft_home()}")
+    return 0
+
+
+def _status(args: argparse.Namespace) -> int:
+    from s2ft_ray import node
+    from s2ft_ray.config import s2ft_home
+
+    status = node.status(s2ft_home())
+    if args.json:
+        print(json.dumps(status.to_json(), indent=2))
+    elif args.env:
+        _print_env(status)
+    else:
+        _print_table(status)
+    return 0 if status.is_up else 1
+
+
+def _check(args: argparse.Namespace) -> int:
+    from s2ft_ray.config import load_config
+    from s2ft_ray.training.check import check_run
+
+    print(check_run(load_config(args.config, args.overrides)))
+    return 0
+
+
+def _print_env(status: "NodeStatus") -> None:
+    import shlex
+
+    if not status.env:
+        print(f"error: nothing is up in {status.home}; s2ft up starts it", file=sys.stderr)
+    for key, value in status.env.items():
+        print(f"{key}={shlex.quote(value)}")
+
+
+def _print_table(status: "NodeStatus") -> None:
+    rows = [("SERVICE", "STATE", "ADDRESS", "PID", "LOG")]
+    for service in status.services:
+        pid = "-" if service.pid is None else str(service.pid)
+        rows.append((service.name, service.state, service.address or "-", pid, service.log))
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    for row in rows:
+        print("  ".join(map(str.ljust, row, widths)).rstrip())
+
+
+if __name__ == "__main__":
+    sys.exit(main())
