@@ -75,7 +75,7 @@ def adapter_folder(client: MlflowClient, version: ModelVersion) -> Path:
     uri = client.get_model_version_download_uri(version.name, version.version)
     if uri.startswith(("file:", "/")):
         return _data_folder(download(client, uri))
-    kept = s2ft_home() / "adapters" / version.name / f"{version.version}-{_short(version)}"
+    kept = s2ft_home().joinpath("adapters", version.name, _kept_name(version))
     if not kept.exists():
         kept.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=kept.parent) as scratch:
@@ -88,8 +88,8 @@ def adapter_folder(client: MlflowClient, version: ModelVersion) -> Path:
     return kept
 
 
-def _short(version: ModelVersion) -> str:
-    return str(version.tags.get("fingerprint", "unknown"))[:16]
+def _kept_name(version: ModelVersion) -> str:
+    return f"{version.version}-{version.tags.get('fingerprint', 'unknown')[:16]}"
 
 
 def _data_folder(model: Path) -> Path:

@@ -11,6 +11,7 @@ alias back from what was promoted since.
 import logging
 import tempfile
 import time
+import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from importlib.metadata import version as package_version
@@ -181,13 +182,14 @@ class _Registration:
 
 
 def model_signature() -> ModelSignature:
-    """Return what the flavour takes and gives.
-
-    The input is one column of any type: prompts, or conversations. Its name is left open, since
-    MLflow drops a plain list of prompts where a name is demanded.
-    """
-    return ModelSignature(
-        inputs=Schema([ColSpec(AnyType())]),
+    """Return what the flavour takes and gives."""
+    signature = ModelSignature(
+        inputs=Schema(
+            [
+                ColSpec(DataType.string, "prompt", required=False),
+                ColSpec(AnyType(), "messages", required=False),
+            ]
+        ),
         outputs=Schema([ColSpec(DataType.string)]),
         params=ParamSchema(
             [
@@ -197,25 +199,32 @@ def model_signature() -> ModelSignature:
             ]
         ),
     )
+    # The flavour checks its input itself. MLflow would force a plain list of prompts into these
+    # columns, find none of that name and drop the prompts.
+    signature._is_signature_from_type_hint = True
+    return signature
 
 
 def _save_model(
     path: Path, folder: Path, run_id: str, model: LoggedModel, tags: Mapping[str, str]
 ) -> None:
-    mlflow.pyfunc.save_model(
-        path,
-        loader_module=LOADER_MODULE,
-        data_path=str(folder),
-        mlflow_model=Model(
-            artifact_path=model.artifact_location,
-            model_uuid=model.model_id,
-            model_id=model.model_id,
-            run_id=run_id,
-        ),
-        signature=model_signature(),
-        pip_requirements=_requirements(),
-        metadata=dict(tags),
-    )
+    with warnings.catch_warnings():
+        # An example would have MLflow load the base and generate, to check a signature we know.
+        warnings.filterwarnings("ignore", message=".*input example was not provided")
+        mlflow.pyfunc.save_model(
+            path,
+            loader_module=LOADER_MODULE,
+            data_path=str(folder),
+            mlflow_model=Model(
+                artifact_path=model.artifact_location,
+                model_uuid=model.model_id,
+                model_id=model.model_id,
+                run_id=run_id,
+            ),
+            signature=model_signature(),
+            pip_requirements=_requirements(),
+            metadata=dict(tags),
+        )
 
 
 def _requirements() -> list[str]:
