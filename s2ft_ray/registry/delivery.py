@@ -20,6 +20,7 @@ from s2ft_ray.registry.journal import Entry, Journal, MetricsFile, Point
 log = logging.getLogger(__name__)
 
 RUN_TAG = "s2ft.run"
+METRICS = "metrics.jsonl"
 # MLflow's own limits are 1000 metrics and 100 params or tags in a batch, and 36 characters for a
 # digest (a whole sha256 has 64: it goes into the profile).
 _METRICS_PER_BATCH = 1000
@@ -38,7 +39,7 @@ class Delivery:
         self._folder = run_folder
         self._journal = journal
         self._experiment = experiment
-        self._metrics = MetricsFile(run_folder / "metrics.jsonl")
+        self._metrics = MetricsFile(run_folder / METRICS)
         self._client: MlflowClient | None = None
 
     def deliver(self) -> str:

@@ -9,6 +9,7 @@ the same point or value again, which MLflow keeps once.
 """
 
 import json
+import logging
 import os
 import threading
 from collections.abc import Iterator
@@ -16,6 +17,10 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+log = logging.getLogger(__name__)
+
+KINDS = ("train", "eval")
+"""Of the lines that are points; others tell of the run's course and are not numbers of a step."""
 EntryKind = Literal["params", "tags", "dataset", "metrics", "artifact", "status"]
 
 
@@ -114,8 +119,11 @@ class Journal:
 
     def _save(self) -> None:
         partial = self.path.with_name(f".{self.path.name}.partial")
-        partial.write_text(json.dumps(asdict(self._state), indent=1))
-        os.replace(partial, self.path)
+        try:
+            partial.write_text(json.dumps(asdict(self._state), indent=1))
+            os.replace(partial, self.path)
+        except OSError as error:  # a full disk is the checkpoint's to report; this can wait
+            log.warning("%s can't be written now: %s", self.path, error)
 
 
 class MetricsFile:
@@ -136,7 +144,9 @@ class MetricsFile:
         for line, end in self._lines():
             self._offset = end
             point = _parse_point(line)
-            if point is None or point.step <= last_steps.get(point.kind, -1):
+            if point is None or point.kind not in KINDS:
+                continue
+            if point.step <= last_steps.get(point.kind, -1):
                 continue
             last_steps[point.kind] = point.step
             points.append(point)

@@ -10,17 +10,26 @@ on in the same MLflow run, and ``deliver_run`` finishes later what a driver coul
 
 import json
 import logging
+import sys
 import time
 from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal, Self
 
+from safetensors import SafetensorError
+
+from s2ft_ray.bases.folders import local_folder
 from s2ft_ray.config import RunConfig
+from s2ft_ray.data import DataReport
+from s2ft_ray.errors import S2FTError
+from s2ft_ray.method import Adapter
 from s2ft_ray.registry.connection import default_tracking_uri, reaching
 from s2ft_ray.registry.courier import Courier
-from s2ft_ray.registry.delivery import Delivery
-from s2ft_ray.registry.journal import Entry, Journal
+from s2ft_ray.registry.delivery import METRICS, Delivery
+from s2ft_ray.registry.deltas import measure_deltas
+from s2ft_ray.registry.figures import draw_deltas, draw_loss
+from s2ft_ray.registry.journal import Entry, Journal, MetricsFile, Point
 from s2ft_ray.registry.names import check_alias
 
 log = logging.getLogger(__name__)
@@ -32,7 +41,10 @@ JOURNAL = "tracking.json"
 class TrackedRun:
     """Records one job in MLflow; nothing here raises or waits for MLflow, except `flush`."""
 
-    def __init__(self, run_folder: Path, journal: Journal, courier: Courier) -> None:
+    def __init__(
+        self, config: RunConfig, run_folder: Path, journal: Journal, courier: Courier
+    ) -> None:
+        self._config = config
         self._folder = run_folder
         self._journal = journal
         self._courier = courier
@@ -66,7 +78,7 @@ class TrackedRun:
         )
         courier = Courier(delivery.deliver, delivery.tracking_uri, interval_s=interval_s)
         courier.start()
-        return cls(run_folder, journal, courier)
+        return cls(config, run_folder, journal, courier)
 
     @property
     def run_id(self) -> str | None:
@@ -77,30 +89,41 @@ class TrackedRun:
         """Add tags to the run."""
         self._journal.owe(Entry("tags", dict(tags)))
 
-    def record_dataset(
-        self,
-        *,
-        name: str,
-        digest: str,
-        source: str,
-        context: Literal["training", "evaluation"] = "training",
-        profile: Mapping[str, Any] | None = None,
-    ) -> None:
-        """Record a data file: its digest and source, and what was counted in it."""
-        payload = {
-            "name": name,
-            "digest": digest,
-            "source": json.dumps({"uri": source}),
-            "profile": json.dumps({**(profile or {}), "sha256": digest}),
-            "context": context,
-        }
-        self._journal.owe(Entry("dataset", payload))
+    def record_data(self, report: DataReport) -> None:
+        """Record the data files with their digests, and what was counted in the training rows."""
+        counted = report.to_dict()
+        for key in ("sources", "dropped_rows", "notes"):
+            del counted[key]
+        for source, context in zip(report.sources, ("training", "evaluation"), strict=False):
+            profile = {"sha256": source.sha256, "num_rows": source.num_rows}
+            payload = {
+                "name": Path(source.path).name,
+                "digest": source.sha256,
+                "source": json.dumps({"uri": source.path}),
+                "profile": json.dumps(profile | (counted if context == "training" else {})),
+                "context": context,
+            }
+            self._journal.owe(Entry("dataset", payload))
 
-    def record_values(self, values: Mapping[str, float], *, step: int) -> None:
-        """Record numbers that belong to the run and not to its steps, the deltas' for example."""
+    def record_adapter(self, adapter: Adapter, parent: Adapter | None = None) -> None:
+        """Record how far each module moved, as metrics and as a heatmap in ``figures/``.
+
+        What can't be measured is logged and left out: the adapter is worth more than its picture.
+        """
+        figure = self._folder / "figures" / "deltas.png"
+        try:
+            deltas = measure_deltas(adapter, local_folder(self._config.model, weights=True), parent)
+            draw_deltas(deltas, figure, f"{self._config.registered_name}: where the weights moved")
+        except (S2FTError, OSError, SafetensorError) as error:
+            log.warning("the deltas can't be measured: %s", error)
+            return
+        values = {key: value for delta in deltas for key, value in delta.values.items()}
+        step = max((point.step for point in self._points()), default=0)
         self._journal.owe(
-            Entry("metrics", {"step": step, "time": time.time(), "values": dict(values)})
+            Entry("metrics", {"step": step, "time": time.time(), "values": values}),
+            Entry("tags", {"fingerprint": adapter.fingerprint}),
         )
+        self.record_file(figure, "figures")
 
     def record_file(self, path: Path, folder: str = "") -> None:
         """Store a file of the run folder under `folder` among the run's artifacts."""
@@ -116,6 +139,7 @@ class TrackedRun:
         Returns False where MLflow didn't take it within `timeout_s`; the run folder then keeps
         it for `deliver_run`, and the log says so.
         """
+        self._record_loss()
         self._journal.owe(Entry("status", {"status": status, "time": time.time()}))
         delivered = self._courier.stop(timeout_s)
         if not delivered:
@@ -127,6 +151,21 @@ class TrackedRun:
                 timeout_s,
             )
         return delivered
+
+    def _record_loss(self) -> None:
+        points = self._points()
+        figure = self._folder / "figures" / "loss.png"
+        if not any("loss" in point.values for point in points):
+            return
+        try:
+            draw_loss(points, figure, f"{self._config.registered_name}, run {self._folder.name}")
+        except OSError as error:
+            log.warning("%s can't be written: %s", figure, error)
+            return
+        self.record_file(figure, "figures")
+
+    def _points(self) -> list[Point]:
+        return MetricsFile(self._folder / METRICS).read({}, limit=sys.maxsize)
 
     def __enter__(self) -> Self:
         return self

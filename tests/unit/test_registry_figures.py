@@ -1,0 +1,104 @@
+"""Deltas as numbers and as pictures."""
+
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from matplotlib.image import imread
+from safetensors.torch import save_file
+
+from s2ft_ray.config import S2FTConfig
+from s2ft_ray.method import Adapter, AdapterSlice, BaseInfo
+from s2ft_ray.registry.deltas import ModuleDelta, measure_deltas
+from s2ft_ray.registry.figures import draw_deltas, draw_loss
+from s2ft_ray.registry.journal import Point
+
+DOWN, UP = "model.layers.0.mlp.down_proj", "model.layers.1.mlp.up_proj"
+
+
+def adapter_of(**slices: AdapterSlice) -> Adapter:
+    names = {"down": DOWN, "up": UP}
+    base = BaseInfo("base", None, "0" * 64)
+    return Adapter({names[key]: part for key, part in slices.items()}, base, S2FTConfig())
+
+
+def part(side: str, indices: list[int], delta: list[list[float]]) -> AdapterSlice:
+    return AdapterSlice(side, torch.tensor(indices, dtype=torch.int32), torch.tensor(delta))
+
+
+@pytest.fixture
+def base_folder(tmp_path: Path) -> Path:
+    weights = {
+        f"{DOWN}.weight": torch.tensor([[1.0, 2.0, 3.0], [4.0, 5.0, 6.0]], dtype=torch.bfloat16),
+        f"{UP}.weight": torch.tensor([[0.0, 0.0], [3.0, 4.0]]),
+    }
+    save_file(weights, tmp_path / "model.safetensors")
+    return tmp_path
+
+
+def test_a_delta_is_measured_against_the_entries_that_it_changes(base_folder: Path) -> None:
+    adapter = adapter_of(
+        down=part("in", [0, 2], [[0.3, 0.0], [0.0, 0.4]]), up=part("out", [1], [[6.0, 8.0]])
+    )
+    down, up = measure_deltas(adapter, base_folder)
+    assert down.norm == pytest.approx(0.5)
+    assert down.relative == pytest.approx(0.5 / math.sqrt(1 + 9 + 16 + 36))
+    assert (up.norm, up.relative) == (pytest.approx(10.0), pytest.approx(2.0))
+    assert up.parent_cosine is None
+    assert down.values == {
+        f"delta/{DOWN}/norm": down.norm,
+        f"delta/{DOWN}/relative_norm": down.relative,
+    }
+
+
+def test_the_parents_cosine_counts_the_entries_that_both_have(base_folder: Path) -> None:
+    adapter = adapter_of(down=part("in", [0, 2], [[1.0, 1.0], [0.0, 1.0]]))
+    same = adapter_of(down=part("in", [0, 2], [[2.0, 2.0], [0.0, 2.0]]))
+    shifted = adapter_of(down=part("in", [1, 2], [[5.0, 1.0], [5.0, 1.0]]))
+    opposite = adapter_of(down=part("in", [0, 2], [[-1.0, -1.0], [0.0, -1.0]]))
+    cosines = [
+        measure_deltas(adapter, base_folder, parent)[0].parent_cosine
+        for parent in (same, shifted, opposite)
+    ]
+    assert cosines[0] == pytest.approx(1.0)
+    assert cosines[1] == pytest.approx(2.0 / (math.sqrt(3) * math.sqrt(52)))
+    assert cosines[2] == pytest.approx(-1.0)
+
+
+def test_a_sharded_checkpoint_is_read_by_its_index(tmp_path: Path) -> None:
+    save_file({f"{UP}.weight": torch.tensor([[3.0, 4.0]])}, tmp_path / "two.safetensors")
+    index = f'{{"weight_map": {{"{UP}.weight": "two.safetensors"}}}}'
+    (tmp_path / "model.safetensors.index.json").write_text(index)
+    delta = measure_deltas(adapter_of(up=part("out", [0], [[0.3, 0.4]])), tmp_path)[0]
+    assert delta.relative == pytest.approx(0.1)
+
+
+def test_a_loss_curve_is_a_picture_with_both_colours(tmp_path: Path) -> None:
+    points = [Point("train", step, 0.0, {"loss": 4 / step}) for step in range(1, 60)]
+    points += [Point("eval", step, 0.0, {"loss": 4.5 / step}) for step in (1, 20, 59)]
+    path = tmp_path / "figures" / "loss.png"
+    draw_loss(points, path, "acme.bot")
+    pixels = imread(path)[..., :3]
+    for colour in ((0x44, 0x77, 0xAA), (0xCC, 0x33, 0x11)):
+        wanted = torch.tensor(colour) / 255
+        assert (torch.tensor(pixels) - wanted).abs().amax(-1).lt(0.02).sum() > 50
+
+
+def test_a_run_without_evaluation_or_with_one_step_can_be_drawn(tmp_path: Path) -> None:
+    draw_loss([Point("train", 1, 0.0, {"loss": 2.0})], tmp_path / "one.png", "one step")
+    draw_loss([Point("eval", 0, 0.0, {"loss": 2.0})], tmp_path / "eval.png", "the base")
+    assert imread(tmp_path / "one.png").shape == imread(tmp_path / "eval.png").shape
+
+
+def test_the_heatmap_grows_with_the_layers_and_stays_bounded(tmp_path: Path) -> None:
+    sizes = []
+    for num_layers in (1, 32, 200):
+        deltas = [
+            ModuleDelta(f"model.layers.{layer}.{name}", 1.0, 0.1 * layer, None)
+            for layer in range(num_layers)
+            for name in ("self_attn.o_proj", "mlp.down_proj")
+        ]
+        draw_deltas(deltas, tmp_path / f"{num_layers}.png", "acme.bot")
+        sizes.append(imread(tmp_path / f"{num_layers}.png").shape[1])
+    assert sizes[0] < sizes[1] < sizes[2] == 24 * 120
