@@ -81,10 +81,9 @@ def _build_parser() -> argparse.ArgumentParser:
 
 
 def _positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{value} is below 1")
-    return value
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is no whole number above 0")
+    return int(text)
 
 
 def _up(args: argparse.Namespace) -> int:
@@ -124,9 +123,13 @@ def _status(args: argparse.Namespace) -> int:
 
 def _check(args: argparse.Namespace) -> int:
     from s2ft_ray.config import load_config
-    from s2ft_ray.training.check import check_run
 
-    print(check_run(load_config(args.config, args.overrides)))
+    config = load_config(args.config, args.overrides)
+    from s2ft_ray.training.plan import plan_run  # only now: a typo is told without torch
+
+    plan = plan_run(config)
+    print(plan.describe())
+    print(f"first row   {plan.preview()}")
     return 0
 
 

@@ -26,6 +26,10 @@ from s2ft_ray.node.services import SERVICES, ServiceName, Site
 
 _START_TIMEOUT_S = 120.0
 """About 10 s on two idle cores; a cold disk takes several times that."""
+_PATIENCE_S = 15.0
+"""Ray ends its children by itself in about 4 s."""
+_ORPHAN_PATIENCE_S = 1.0
+"""Ray's agents heed no SIGTERM once their raylet is gone."""
 _TAIL_LINES = 15
 
 
@@ -73,14 +77,14 @@ def up(home: Path, port_base: int | None = None, num_cpus: int | None = None) ->
         if len(missing) < len(SERVICES):
             _check_same(record, port_base, num_cpus)
         for name in missing:  # what a dead service left behind may hold its ports
-            end(find_topmost(None, services.mark(home, name)))
+            end(_members(home, record, name), _ORPHAN_PATIENCE_S)
         if len(missing) == len(SERVICES):
             base = claim.enter_context(claim_base(port_base, record.port_base))
             record = NodeRecord(port_base=base, num_cpus=num_cpus)
         site = _site(home, record)
         for name in missing:
             process = _start(site, name, record)
-            undo.callback(end, [process])
+            undo.callback(end, [process], _PATIENCE_S)
             record = _add(record, site, process, name)
             save_record(home, record)
         _wait_healthy(site, record)
@@ -94,18 +98,14 @@ def down(home: Path) -> list[ServiceName]:
         return []
     with locked(home):
         record = load_record(home)
-        found = {name: _find(record, name) for name in SERVICES}
-        end(
-            [
-                process
-                for name in SERVICES
-                for process in find_topmost(found[name], services.mark(home, name))
-            ]
-        )
+        running = [name for name in SERVICES if _find(record, name) is not None]
+        for name in SERVICES:
+            patience_s = _PATIENCE_S if name in running else _ORPHAN_PATIENCE_S
+            end(_members(home, record, name), patience_s)
         shutil.rmtree(services.temp_dir(home), ignore_errors=True)
         if record.processes:
             save_record(home, record.model_copy(update={"processes": {}}))
-    return [name for name in SERVICES if found[name] is not None]
+    return running
 
 
 def status(home: Path) -> NodeStatus:
@@ -129,6 +129,10 @@ def _site(home: Path, record: NodeRecord) -> Site:
 def _find(record: NodeRecord, name: ServiceName) -> psutil.Process | None:
     known = record.processes.get(name)
     return None if known is None else find_process(known)
+
+
+def _members(home: Path, record: NodeRecord, name: ServiceName) -> list[psutil.Process]:
+    return find_topmost(record.processes.get(name), services.mark(home, name), home)
 
 
 def _look(home: Path, record: NodeRecord, name: ServiceName) -> ServiceStatus:
@@ -225,12 +229,14 @@ def _wait_healthy(site: Site, record: NodeRecord) -> None:
                 raise _failure(site.home, name, "ended before it was ready")
         pending = [name for name in pending if not services.is_healthy(site, name)]
         if pending and time.monotonic() > deadline:
-            reason = f"doesn't answer after {_START_TIMEOUT_S:.0f} s; `s2ft down` ends it"
-            raise _failure(site.home, pending[0], reason)
+            raise _failure(site.home, pending[0], f"no answer in {_START_TIMEOUT_S:.0f} s")
         time.sleep(0.1)
 
 
 def _failure(home: Path, name: ServiceName, reason: str) -> NodeError:
     log = services.log_path(home, name)
     tail = log.read_text(encoding="utf-8", errors="replace").splitlines()[-_TAIL_LINES:]
-    return NodeError(f"{name}: {reason}; its log {log} ends with", *(f"  {line}" for line in tail))
+    faults = [f"{name}: {reason}; its log {log} ends with", *(f"  {line}" for line in tail)]
+    if name == "ray":
+        faults.append(f"ray: its parts log to {services.temp_dir(home)}/session_latest/logs")
+    return NodeError(*faults)

@@ -1,12 +1,13 @@
 """Who is who among this machine's processes: alive, marked as ours, ended.
 
-Invariant: only what descends from a recorded process, or carries this node's mark in its
-environment, is ever signalled.
+Invariant: only what descends from a recorded process, shares its session and folder, or carries
+this node's mark in its environment, is ever signalled.
 """
 
 import os
 import time
 from collections.abc import Mapping
+from pathlib import Path
 
 import psutil
 
@@ -28,29 +29,29 @@ def find_process(record: ProcessRecord) -> psutil.Process | None:
     """Return the recorded process if it still runs; a recycled pid is not it."""
     try:
         process = psutil.Process(record.pid)
-        same = abs(process.create_time() - record.started) < _CLOCK_STEP_S
+        return process if _is(process, record) and _runs(process) else None
     except psutil.NoSuchProcess:
         return None
-    return process if same and _runs(process) else None
 
 
-def find_topmost(recorded: psutil.Process | None, mark: str) -> list[psutil.Process]:
-    """Return a service's topmost processes: the recorded one, and what carries its mark.
+def find_topmost(recorded: ProcessRecord | None, mark: str, home: Path) -> list[psutil.Process]:
+    """Return the topmost processes of a service, also of one that died and left some behind.
 
-    What a dead service left behind is found by the mark. Processes that rewrite their title lose
-    their environment with it; those are reached as descendants of one that didn't.
+    They carry its mark. Ray's agents rewrite their title, and lose their environment with it; what
+    tells them is the session of the recorded process, together with the folder it was started in.
     """
-    members = {} if recorded is None else {recorded.pid: recorded}
+    session = None if recorded is None else _session(recorded)
+    members = {}
     for process in psutil.process_iter():
         try:
-            if process.environ().get(MARK) == mark and process.pid != os.getpid():
+            if process.pid != os.getpid() and _belongs(process, mark, session, home):
                 members[process.pid] = process
-        except psutil.Error:  # another user's, or gone in between
+        except (psutil.Error, ProcessLookupError, PermissionError):  # gone, or another user's
             continue
     return [process for process in members.values() if not _has_parent_in(process, members)]
 
 
-def end(roots: list[psutil.Process], patience_s: float = 10.0) -> None:
+def end(roots: list[psutil.Process], patience_s: float) -> None:
     """End `roots` and all that descends from them: SIGTERM to the roots, SIGKILL to the rest.
 
     The roots get the time to end their children themselves. Raises NodeError if one survives.
@@ -73,6 +74,29 @@ def _family(root: psutil.Process) -> list[psutil.Process]:
         return [root, *root.children(recursive=True)]
     except psutil.NoSuchProcess:
         return [root]
+
+
+def _is(process: psutil.Process, record: ProcessRecord) -> bool:
+    return abs(process.create_time() - record.started) < _CLOCK_STEP_S
+
+
+def _session(record: ProcessRecord) -> int | None:
+    # a pid isn't given out again while its session lives; after a reboot, or once another process
+    # has it, the number means nothing
+    if record.started < psutil.boot_time():
+        return None
+    try:
+        return record.pid if _is(psutil.Process(record.pid), record) else None
+    except psutil.NoSuchProcess:
+        return record.pid
+
+
+def _belongs(process: psutil.Process, mark: str, session: int | None, home: Path) -> bool:
+    if not _runs(process):
+        return False
+    if process.environ().get(MARK) == mark:
+        return True
+    return os.getsid(process.pid) == session and Path(process.cwd()) == home.resolve()
 
 
 def _has_parent_in(process: psutil.Process, members: Mapping[int, psutil.Process]) -> bool:

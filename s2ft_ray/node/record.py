@@ -49,11 +49,11 @@ def load_record(home: Path) -> NodeRecord:
         return NodeRecord.model_validate_json(path.read_bytes())
     except FileNotFoundError:
         return NodeRecord()
-    except (OSError, ValidationError) as error:
-        cause = str(error).splitlines()[0]
+    except OSError as error:
+        raise _unusable(home, error) from error
+    except ValidationError as error:
         raise NodeError(
-            f"{path}: no readable record of the node ({cause}); remove the file, then `s2ft down`"
-            " ends what is left of the node"
+            f"{path}: is damaged; remove it, then `s2ft down` ends what runs of the node"
         ) from error
 
 
@@ -72,10 +72,13 @@ def locked(home: Path) -> Iterator[None]:
         home.mkdir(parents=True, exist_ok=True)
         file = open(home / "node.lock", "w")  # noqa: SIM115 (closed below)
     except OSError as error:
-        raise ConfigError(
-            f"S2FT_HOME {home}: can't be written: {error.strerror}; set S2FT_HOME to a folder"
-            " of yours"
-        ) from error
+        raise _unusable(home, error) from error
     with file:
         fcntl.flock(file, fcntl.LOCK_EX)
         yield
+
+
+def _unusable(home: Path, error: OSError) -> ConfigError:
+    return ConfigError(
+        f"S2FT_HOME {home}: can't be used: {error.strerror}; set it to a folder that you can write"
+    )
