@@ -140,6 +140,11 @@ def _check_plain(model: nn.Module) -> Decoder:
         raise ConfigError(
             f"adapter {switched[-1][:12]} is switched into the model; switch_out(model) first"
         )
+    for name, parameter in model.named_parameters():
+        if isinstance(parameter, DTensor) or parameter.is_meta:
+            raise ConfigError(
+                f"model: {name} is sharded or on meta; load the model, convert it, then shard it"
+            )
     return Decoder(model)
 
 
@@ -168,11 +173,6 @@ def _check_linear(name: str, linear: nn.Linear) -> None:
         raise ConfigError(
             f"model: {name} is a {type(linear).__name__} of {linear.weight.dtype};"
             " only plain, unquantized Linear layers can be converted"
-        )
-    if isinstance(linear.weight, DTensor) or linear.weight.is_meta:
-        raise ConfigError(
-            f"model: the weight of {name} is sharded or on meta; load the model, convert it, then"
-            " shard it"
         )
 
 

@@ -109,11 +109,11 @@ def random_scores(seed: int, layer: int, structure: Structure, count: int) -> Te
 def check_available(config: S2FTConfig) -> None:
     """Raise ConfigError for each choice that this version doesn't make, with the ones it does."""
     available = {"selection": ["random"], "allocation": ["uniform"], "layout": ["gathered"]}
-    faults = [
-        f"method.{key}: {getattr(config, key)!r} is not available; take {' or '.join(values)}"
-        for key, values in available.items()
-        if getattr(config, key) not in values
-    ]
+    faults = []
+    for key, values in available.items():
+        value, known = getattr(config, key), " or ".join(map(repr, values))
+        if value not in values:
+            faults.append(f"method.{key}: {value!r} is not available; take {known}")
     if faults:
         raise ConfigError(*faults)
 

@@ -85,7 +85,7 @@ def switch_in(model: nn.Module, adapter: "Adapter") -> None:
             updates[name] = (before.float() + part.delta.to(weight.device)).to(weight.dtype)
         try:
             for name, weight in weights.items():
-                weight.index_copy_(replaced[name].dim, replaced[name].indices, updates[name])
+                _write(weight, replaced[name], updates[name])
         except BaseException:
             _put_back(model, replaced)
             raise
@@ -161,12 +161,13 @@ def _misfit(weight: object, part: AdapterSlice) -> str | None:
 def _put_back(model: nn.Module, replaced: dict[str, Replaced]) -> None:
     with torch.no_grad():
         for name, part in replaced.items():
-            weight = cast(Tensor, model.get_submodule(name).weight)
-            weight.index_copy_(
-                part.dim,
-                part.indices.to(weight.device),
-                part.values.to(weight.device, weight.dtype),
-            )
+            _write(cast(Tensor, model.get_submodule(name).weight), part, part.values)
+
+
+def _write(weight: Tensor, part: Replaced, values: Tensor) -> None:
+    # The model may have moved or changed its dtype since the entries were replaced.
+    indices = part.indices.to(weight.device)
+    weight.index_copy_(part.dim, indices, values.to(weight.device, weight.dtype))
 
 
 def _stack(model: nn.Module) -> list[_Switched]:

@@ -1,0 +1,237 @@
+"""Adapters in and out of a plain model, and merged checkpoints."""
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from method_models import ALL, FAMILIES, assert_same_state, build_model, snapshot, tokens
+
+from s2ft_ray.errors import AdapterError, ConfigError
+from s2ft_ray.method import (
+    Adapter,
+    AdapterSlice,
+    S2FTConfig,
+    base_fingerprint,
+    convert,
+    extract_adapter,
+    restore,
+    slice_layers,
+    switched_fingerprints,
+)
+from s2ft_ray.method import switching as switching_module
+
+
+def train_adapter(model: Any, seed: int, share: float = 0.4) -> tuple[Adapter, Any]:
+    """Convert, change, extract, restore: the adapter and the changed model's logits."""
+    convert(model, S2FTConfig(budgets=dict.fromkeys(ALL, share), seed=seed))
+    generator = torch.Generator().manual_seed(seed)
+    for _, layer in slice_layers(model):
+        layer.slice.data += 0.1 * torch.randn(layer.slice.shape, generator=generator)
+        layer.write_back()
+    with torch.no_grad():
+        logits = model(tokens()).logits
+    adapter = extract_adapter(model)
+    restore(model)
+    return adapter, logits
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_switched_model_is_the_trained_one_and_out_it_is_the_base(
+    family: str, dtype: torch.dtype
+) -> None:
+    model = build_model(family).to(dtype)
+    base, attributes = snapshot(model), set(vars(model))
+    adapter, logits = train_adapter(model, seed=0)
+    adapter.switch_into(model)
+    assert switched_fingerprints(model) == [adapter.fingerprint]
+    with torch.no_grad():
+        switched = model(tokens()).logits
+    # base + (slice - base) rounds where slice doesn't: equal to one bf16, a few fp32 steps.
+    tolerance = 1e-4 if dtype == torch.float32 else 0.1
+    torch.testing.assert_close(switched, logits, rtol=tolerance, atol=tolerance)
+    adapter.switch_out(model)
+    assert_same_state(model, base)
+    assert set(vars(model)) == attributes
+
+
+def test_adapters_stack_and_come_out_in_reverse_order() -> None:
+    model = build_model()
+    base = snapshot(model)
+    first, _ = train_adapter(model, seed=0, share=0.6)
+    second, _ = train_adapter(model, seed=1, share=0.6)
+    first.switch_into(model)
+    with_first = snapshot(model)
+    second.switch_into(model)
+    expected = {name: value.clone() for name, value in base.items()}
+    for adapter in (first, second):
+        for name, part in adapter.slices.items():
+            expected[f"{name}.weight"].index_add_(part.dim, part.indices.long(), part.delta)
+    for name, value in model.state_dict().items():
+        torch.testing.assert_close(value, expected[name])
+    with pytest.raises(AdapterError, match="not the last one in; take"):
+        first.switch_out(model)
+    second.switch_out(model)
+    assert_same_state(model, with_first)
+    first.switch_out(model)
+    assert_same_state(model, base)
+
+
+def test_an_adapter_that_is_not_in_cant_come_out() -> None:
+    model = build_model()
+    adapter, _ = train_adapter(model, seed=0)
+    with pytest.raises(AdapterError, match="is not in this model"):
+        adapter.switch_out(model)
+    adapter.switch_into(model)
+    adapter.switch_out(model)
+    with pytest.raises(AdapterError, match="is not in this model"):
+        adapter.switch_out(model)
+
+
+def test_the_same_adapter_cant_go_in_twice() -> None:
+    model = build_model()
+    adapter, _ = train_adapter(model, seed=0)
+    adapter.switch_into(model)
+    with pytest.raises(AdapterError, match="is in this model already"):
+        adapter.switch_into(model)
+    assert switched_fingerprints(model) == [adapter.fingerprint]
+
+
+def test_a_loaded_copy_takes_the_adapter_out(tmp_path: Path) -> None:
+    model = build_model()
+    base = snapshot(model)
+    adapter, _ = train_adapter(model, seed=0)
+    adapter.save(tmp_path)
+    adapter.switch_into(model)
+    Adapter.load(tmp_path).switch_out(model)
+    assert_same_state(model, base)
+
+
+def test_a_switched_models_base_fingerprint_is_the_plain_bases() -> None:
+    model = build_model()
+    expected = base_fingerprint(model)
+    first, _ = train_adapter(model, seed=0, share=1.0)
+    second, _ = train_adapter(model, seed=1, share=1.0)
+    first.switch_into(model)
+    second.switch_into(model)
+    assert base_fingerprint(model) == expected
+
+
+def test_switching_and_converting_exclude_each_other() -> None:
+    model = build_model()
+    adapter, _ = train_adapter(model, seed=0)
+    adapter.switch_into(model)
+    with pytest.raises(ConfigError, match="switched into the model; switch_out"):
+        convert(model, S2FTConfig())
+    adapter.switch_out(model)
+    convert(model, S2FTConfig())
+    with pytest.raises(AdapterError, match=r"converted; restore\(model\)"):
+        adapter.switch_into(model)
+
+
+def refused(model: Any, adapter: Adapter) -> AdapterError:
+    """The error of switching in, which leaves the model as it was."""
+    before, attributes = snapshot(model), set(vars(model))
+    with pytest.raises(AdapterError) as caught:
+        adapter.switch_into(model)
+    assert_same_state(model, before)
+    assert set(vars(model)) == attributes
+    return caught.value
+
+
+def test_another_base_is_refused_saying_what_differs() -> None:
+    model = build_model()
+    adapter, _ = train_adapter(model, seed=0)
+    other = build_model(seed=1)
+    message = str(refused(other, adapter))
+    assert adapter.base.fingerprint[:12] in message
+    assert base_fingerprint(other)[:12] in message
+
+
+def test_a_base_of_another_size_is_refused_by_module_and_shape() -> None:
+    adapter, _ = train_adapter(build_model(), seed=0)
+    error = refused(build_model(hidden_size=32, intermediate_size=44), adapter)
+    down = adapter.slices["model.layers.0.mlp.down_proj"].delta.shape
+    expected = f"layers.0.mlp.down_proj: delta is {list(down)}, the weight [32, 44]"
+    assert any(expected in fault for fault in error.faults)
+    error = refused(build_model(num_hidden_layers=1), adapter)
+    assert len(error.faults) == 7
+    assert "model.layers.1.self_attn.q_proj: the adapter has it" in error.faults[0]
+
+
+def with_slices(adapter: Adapter, slices: dict[str, AdapterSlice]) -> Adapter:
+    return dataclasses.replace(adapter, slices=slices)
+
+
+def test_an_adapter_that_binds_to_nothing_or_to_no_matrix_is_refused() -> None:
+    model = build_model()
+    adapter, _ = train_adapter(model, seed=0)
+    part = adapter.slices["model.layers.0.mlp.down_proj"]
+    assert "nothing to bind" in str(refused(model, with_slices(adapter, {})))
+    for name, message in (
+        ("nowhere", "the adapter has it, LlamaForCausalLM doesn't"),
+        ("model.norm", "its weight is no matrix"),
+        ("model.layers", "the adapter has it"),
+        ("", "the adapter has it"),
+    ):
+        mixed = {**adapter.slices, name: part}
+        assert message in str(refused(model, with_slices(adapter, mixed)))
+    far = dataclasses.replace(part, indices=part.indices + 88)
+    mixed = {**adapter.slices, "model.layers.0.mlp.down_proj": far}
+    assert "is outside the weight [64, 88]" in str(refused(model, with_slices(adapter, mixed)))
+
+
+def test_a_switch_that_fails_half_way_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = build_model()
+    adapter, _ = train_adapter(model, seed=0)
+    before, attributes = snapshot(model), set(vars(model))
+    calls = 0
+
+    def interrupt(*args: Any) -> None:
+        nonlocal calls
+        calls += 1
+        if calls == 5:
+            raise KeyboardInterrupt
+        switching_write(*args)
+
+    switching_write = switching_module._write
+    monkeypatch.setattr(switching_module, "_write", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        adapter.switch_into(model)
+    monkeypatch.undo()
+    assert_same_state(model, before)
+    assert set(vars(model)) == attributes
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_merged_export_is_a_plain_checkpoint_of_the_switched_model(
+    family: str, tmp_path: Path
+) -> None:
+    model = build_model(family)
+    base = snapshot(model)
+    adapter, _ = train_adapter(model, seed=0)
+    adapter.export_merged(model, tmp_path)
+    assert_same_state(model, base)
+    merged = type(model).from_pretrained(tmp_path).eval()
+    adapter.switch_into(model)
+    with torch.no_grad():
+        assert torch.equal(merged(tokens()).logits, model(tokens()).logits)
+    assert_same_state(merged, snapshot(model))
+
+
+def test_an_export_that_fails_switches_the_adapter_out(tmp_path: Path) -> None:
+    model = build_model()
+    base = snapshot(model)
+    adapter, _ = train_adapter(model, seed=0)
+
+    def fail(_path: Path) -> None:
+        raise OSError(28, "No space left on device")
+
+    model.save_pretrained = fail
+    with pytest.raises(OSError, match="No space left"):
+        adapter.export_merged(model, tmp_path)
+    del model.save_pretrained
+    assert_same_state(model, base)
+    assert switched_fingerprints(model) == []
