@@ -20,9 +20,9 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
-from torch.distributed.checkpoint import CheckpointException
+from torch.distributed.checkpoint import state_dict_loader, state_dict_saver
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.tensor import DTensor
 
 from s2ft_ray.data import TrainLoader
@@ -63,7 +63,7 @@ class Checkpointer:
         partial = self._folder / f".{final.name}.partial"
         self._on_first_worker(lambda: _make_empty(partial))
         tensors = _tensors_of(state, self._workers)
-        self._together(partial, lambda: dcp.save(tensors, checkpoint_id=partial))
+        self._together(partial, lambda: state_dict_saver.save(tensors, checkpoint_id=partial))
         self._read_back(partial, tensors)
         self._on_first_worker(lambda: self._commit(partial, final, state))
         return final
@@ -83,7 +83,7 @@ class Checkpointer:
         tensors = _tensors_of(state, self._workers)
         if manifest["world_size"] != self._workers.world_size:
             tensors.pop("rng")  # streams of other workers mean nothing to these
-        self._together(folder, lambda: dcp.load(tensors, checkpoint_id=folder))
+        self._together(folder, lambda: state_dict_loader.load(tensors, checkpoint_id=folder))
         state.step = manifest["step"]
         state.loader.load_state_dict(manifest["loader"])
         if "rng" in tensors:
@@ -110,7 +110,7 @@ class Checkpointer:
 
     def _read_back(self, partial: Path, tensors: dict[str, Any]) -> None:
         copies = _empty_like(tensors)
-        self._together(partial, lambda: dcp.load(copies, checkpoint_id=partial))
+        self._together(partial, lambda: state_dict_loader.load(copies, checkpoint_id=partial))
         unequal = 0.0 if _equal(tensors, copies) else 1.0
         if self._workers.sum([unequal])[0]:
             raise CheckpointError(

@@ -69,7 +69,7 @@ def answer(
     answers = []
     for prompt in prompts:
         ids = torch.tensor([prompt.input_ids], device=workers.device)
-        output = model.generate(  # type: ignore[misc]
+        output = model.generate(
             input_ids=ids,
             attention_mask=torch.ones_like(ids),
             max_new_tokens=max_new_tokens,

@@ -65,7 +65,7 @@ def train_step(
     for index, batch in enumerate(step.micro_batches):
         set_gradient_sync(model, index == last)
         loss_sum, _ = target_loss(model, batch.to(workers.device))
-        (loss_sum / step.num_targets).backward()
+        torch.autograd.backward(loss_sum / step.num_targets)
         local_loss += loss_sum.detach()
     set_gradient_sync(model, True)
     grad_norm = _clip(model, config.max_grad_norm)

@@ -64,8 +64,10 @@ def resolve_sharding(asked: str, base_bytes: int, workers: Workers) -> tuple[Sha
     ``auto`` takes ``replicate`` while the base fits into half of the least free memory that any
     worker has. Every worker gets the same answer.
     """
-    if asked == "replicate" or asked == "full":
-        return asked, "as configured"
+    if asked == "replicate":
+        return "replicate", "as configured"
+    if asked == "full":
+        return "full", "as configured"
     if asked == "hybrid":
         raise ConfigError(
             "parallel.sharding: hybrid is not available in this version; take auto, replicate or"

@@ -238,6 +238,6 @@ def _raised_everywhere() -> Iterator[None]:
         mine = error
     errors: list[S2FTError | None] = [None] * dist.get_world_size()
     dist.all_gather_object(errors, mine)
-    for error in errors:
-        if error is not None:
-            raise error
+    for found in errors:
+        if found is not None:
+            raise found

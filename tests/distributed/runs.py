@@ -5,11 +5,43 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from s2ft_ray.bases import load_tokenizer
 from s2ft_ray.config import parse_config
 from s2ft_ray.data import prepare_data
-from s2ft_ray.bases import load_tokenizer
 from s2ft_ray.training.run_folder import RunFolder, create_run_folder
+from s2ft_ray.training.worker import run_worker
+
+
+def save_base(folder: Path, dtype: torch.dtype = torch.float32, **config: Any) -> Path:
+    """Save a random-weight Llama with grouped-query attention and a byte tokenizer."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocab = {token: i for i, token in enumerate(["<pad>", "<s>", "</s>", *alphabet])}
+    backend = Tokenizer(models.BPE(vocab=vocab, merges=[]))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=backend, pad_token="<pad>", bos_token="<s>", eos_token="</s>"
+    )
+    tokenizer.save_pretrained(folder)
+    torch.manual_seed(0)
+    sizes = {
+        "hidden_size": 24,
+        "intermediate_size": 37,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 6,
+        "num_key_value_heads": 2,
+        "head_dim": 4,
+    }
+    model = LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=len(vocab), pad_token_id=0, bos_token_id=1, eos_token_id=2, **sizes | config
+        )
+    )
+    model.to(dtype).save_pretrained(folder)
+    return folder
 
 
 def write_rows(path: Path, count: int) -> Path:
@@ -22,20 +54,22 @@ def write_rows(path: Path, count: int) -> Path:
     return path
 
 
-def make_run(folder: Path, **sections: dict[str, Any]) -> RunFolder:
-    """Create a run of s2ft://tiny as the driver does, with `sections` over the defaults."""
+def make_run(folder: Path, base: Path, **sections: dict[str, Any]) -> RunFolder:
+    """Create a run as the driver does, with `sections` over small defaults."""
+    folder.mkdir(exist_ok=True)
     document: dict[str, Any] = {
         "tenant": "acme",
         "name": "test",
+        "model": {"name_or_path": str(base)},
         "data": {"train": str(write_rows(folder / "rows.jsonl", 60))},
-        "method": {"budgets": {"o": 0.25, "down": 0.05}},
+        "method": {"budgets": {"o": 0.3, "v": 0.3, "down": 0.08, "up": 0.08}},
         "optim": {"lr": 1e-2, "max_steps": 6, "global_batch_size": 8, "micro_batch_size": 2},
         "parallel": {"sharding": "replicate"},
         "evaluation": {"every_steps": 100, "num_samples": 1, "max_new_tokens": 4},
         "checkpoint": {"storage_path": str(folder / "runs"), "every_steps": 100},
     }
     for name, values in sections.items():
-        document[name] = {**document.get(name, {}), **values}
+        document[name] = {**document[name], **values}
     config = parse_config(document)
     run = create_run_folder(config)
     tokenizer = load_tokenizer(config.model, config.data.chat_template)
@@ -43,8 +77,12 @@ def make_run(folder: Path, **sections: dict[str, Any]) -> RunFolder:
     return run
 
 
-def run_on_cpu(path: Path) -> None:
+def train(path: Path) -> None:
     """What each process of a pool does: its part of the run."""
-    from s2ft_ray.training.worker import run_worker
-
     run_worker(path, torch.device("cpu"), num_threads=1)
+
+
+def read_metrics(run: RunFolder, kind: str) -> list[dict[str, Any]]:
+    """Return the run's metrics of one kind."""
+    lines = (json.loads(line) for line in run.metrics.read_text().splitlines())
+    return [line for line in lines if line["kind"] == kind]

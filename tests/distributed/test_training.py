@@ -1,0 +1,446 @@
+"""The run on gloo processes: the same numbers whatever holds the weights and whatever happens."""
+
+import json
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+import runs
+import torch
+from conftest import GlooPool
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from s2ft_ray.bases import load_base_model
+from s2ft_ray.config import OptimConfig
+from s2ft_ray.errors import CheckpointError, JobError
+from s2ft_ray.method import Adapter, convert, extract_adapter
+from s2ft_ray.training import checkpoint, worker
+from s2ft_ray.training.loop import target_loss
+from s2ft_ray.training.optimizer import learning_rate
+from s2ft_ray.training.run_folder import RunFolder
+
+
+@pytest.fixture(scope="session")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return runs.save_base(tmp_path_factory.mktemp("base"))
+
+
+def train_in(pool: GlooPool, folder: Path, base: Path, **sections: Any) -> RunFolder:
+    parallel = {"num_workers": pool.world_size, **sections.pop("parallel", {})}
+    run = runs.make_run(folder, base, parallel=parallel, **sections)
+    pool.run(runs.train, run.path)
+    return run
+
+
+def largest_difference(left: RunFolder, right: RunFolder) -> float:
+    ours, theirs = Adapter.load(left.adapter), Adapter.load(right.adapter)
+    assert ours.slices.keys() == theirs.slices.keys()
+    return max(
+        float((part.delta - theirs.slices[name].delta).abs().max())
+        for name, part in ours.slices.items()
+    )
+
+
+def fingerprint(run: RunFolder) -> str:
+    return Adapter.load(run.adapter).fingerprint
+
+
+def test_replicate_and_full_agree_bit_for_bit_on_two_ranks(
+    two: GlooPool, tmp_path: Path, base: Path
+) -> None:
+    replicate = train_in(two, tmp_path / "r", base, parallel={"sharding": "replicate"})
+    full = train_in(two, tmp_path / "f", base, parallel={"sharding": "full"})
+    assert fingerprint(replicate) == fingerprint(full)
+    assert max(float(p.delta.abs().max()) for p in Adapter.load(full.adapter).slices.values()) > 0
+
+
+def test_bf16_base_agrees_bit_for_bit_and_its_slices_are_fp32(
+    two: GlooPool, tmp_path: Path, base: Path
+) -> None:
+    model = {"name_or_path": str(base), "dtype": "bfloat16"}
+    made = [
+        train_in(two, tmp_path / mode, base, model=model, parallel={"sharding": mode})
+        for mode in ("replicate", "full")
+    ]
+    assert fingerprint(made[0]) == fingerprint(made[1])
+    # fp32 slices move by less than a bf16 step; bf16 ones would lose that.
+    deltas = torch.cat([p.delta.flatten() for p in Adapter.load(made[0].adapter).slices.values()])
+    assert (deltas != deltas.bfloat16().float()).float().mean() > 0.5
+
+
+@pytest.mark.parametrize("mode", ["replicate", "full"])
+def test_one_and_four_ranks_agree_with_two_to_rounding(
+    one: GlooPool, two: GlooPool, four: GlooPool, tmp_path: Path, base: Path, mode: str
+) -> None:
+    made = {
+        pool.world_size: train_in(
+            pool, tmp_path / str(pool.world_size), base, parallel={"sharding": mode}
+        )
+        for pool in (one, two, four)
+    }
+    assert largest_difference(made[1], made[2]) < 1e-6
+    assert largest_difference(made[4], made[2]) < 1e-6
+
+
+def test_the_loop_equals_a_plain_loop_without_fsdp(
+    one: GlooPool, tmp_path: Path, base: Path
+) -> None:
+    run = train_in(one, tmp_path, base)
+    config = run.load_config()
+    model = load_base_model(config.model)
+    convert(model, config.method)
+    data = worker.PreparedData.load(run.data)
+    loader = worker.TrainLoader(
+        data.train,
+        global_batch_size=8,
+        micro_batch_size=2,
+        rank=0,
+        world_size=1,
+        seed=config.seed,
+        pad_id=0,
+    )
+    slices = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(slices, betas=(0.9, 0.95), weight_decay=0.0)
+    for number in range(6):
+        step = loader.next_step()
+        optimizer.param_groups[0]["lr"] = learning_rate(config.optim, number, 6)
+        optimizer.zero_grad()
+        for batch in step.micro_batches:
+            (target_loss(model, batch)[0] / step.num_targets).backward()
+        torch.nn.utils.clip_grad_norm_(slices, 1.0)
+        optimizer.step()
+    ours = Adapter.load(run.adapter)
+    for name, part in extract_adapter(model).slices.items():
+        torch.testing.assert_close(ours.slices[name].delta, part.delta, atol=1e-6, rtol=0)
+
+
+def test_activation_checkpointing_changes_nothing(
+    two: GlooPool, tmp_path: Path, base: Path
+) -> None:
+    made = [
+        train_in(
+            two,
+            tmp_path / f"{mode}{kept}",
+            base,
+            parallel={"sharding": mode, "activation_checkpointing": kept},
+        )
+        for mode in ("replicate", "full")
+        for kept in (False, True)
+    ]
+    assert len({fingerprint(run) for run in made}) == 1
+
+
+def test_packed_rows_train(two: GlooPool, tmp_path: Path, base: Path) -> None:
+    data = {"packing": True, "max_seq_len": 64}
+    folder = tmp_path / "run"
+    folder.mkdir()
+    data["train"] = str(runs.write_rows(folder / "rows.jsonl", 60))
+    run = train_in(two, folder, base, data=data)
+    losses = [line["loss"] for line in runs.read_metrics(run, "train")]
+    assert len(losses) == 6
+    assert losses[-1] < losses[0]
+
+
+# Interruptions
+
+
+def train_until(path: Path, last: int) -> str:
+    """Do a run's steps up to `last`, then die as a killed worker does: without a word."""
+    real = worker.train_step
+
+    def step_or_die(*args: Any, number: int, **kwargs: Any) -> Any:
+        if number == last:
+            raise InterruptedError
+        return real(*args, number=number, **kwargs)
+
+    worker.train_step = step_or_die
+    try:
+        runs.train(path)
+    except InterruptedError:
+        return "interrupted"
+    finally:
+        worker.train_step = real
+    return "finished"
+
+
+@pytest.mark.parametrize("mode", ["replicate", "full"])
+def test_an_interrupted_run_ends_with_the_same_adapter(
+    two: GlooPool, tmp_path: Path, base: Path, mode: str
+) -> None:
+    parallel, checkpoints = {"sharding": mode}, {"every_steps": 2, "keep": 2}
+    whole = train_in(two, tmp_path / "whole", base, parallel=parallel)
+    run = runs.make_run(
+        tmp_path / "cut", base, parallel={**parallel, "num_workers": 2}, checkpoint={
+            **checkpoints, "storage_path": str(tmp_path / "cut" / "runs")
+        }
+    )  # fmt: skip
+    assert two.run(train_until, run.path, 3) == ["interrupted"] * 2  # between checkpoints
+    assert not run.adapter.exists()
+    two.run(runs.train, run.path)
+    assert fingerprint(run) == fingerprint(whole)
+    starts = [line["step"] for line in runs.read_metrics(run, "start")]
+    assert starts == [0, 2]
+    assert sorted(path.name for path in run.checkpoints.iterdir()) == [
+        "step-00000004",
+        "step-00000006",
+    ]
+
+
+def test_a_run_resumes_on_another_world_size(
+    one: GlooPool, two: GlooPool, four: GlooPool, tmp_path: Path, base: Path
+) -> None:
+    whole = train_in(two, tmp_path / "whole", base)
+    for first, then in ((two, one), (one, two), (two, four)):
+        folder = tmp_path / f"{first.world_size}to{then.world_size}"
+        run = runs.make_run(
+            folder, base, checkpoint={"every_steps": 2, "storage_path": str(folder / "runs")}
+        )
+        assert set(first.run(train_until, run.path, 3)) == {"interrupted"}
+        then.run(runs.train, run.path)
+        assert largest_difference(run, whole) < 1e-5
+
+
+@pytest.mark.parametrize("damage", ["truncate", "delete", "manifest"])
+def test_a_damaged_checkpoint_is_passed_over(
+    two: GlooPool, tmp_path: Path, base: Path, damage: str
+) -> None:
+    whole = train_in(two, tmp_path / "whole", base)
+    run = runs.make_run(
+        tmp_path / "cut",
+        base,
+        parallel={"num_workers": 2},
+        checkpoint={"every_steps": 2, "storage_path": str(tmp_path / "cut" / "runs")},
+    )
+    two.run(train_until, run.path, 5)
+    newest = run.checkpoints / "step-00000004"
+    shard = next(newest.glob("*.distcp"))
+    if damage == "truncate":
+        shard.write_bytes(shard.read_bytes()[:-7])
+    elif damage == "delete":
+        shard.unlink()
+    else:
+        (newest / checkpoint.MANIFEST).write_text("{")
+    two.run(runs.train, run.path)
+    assert [line["step"] for line in runs.read_metrics(run, "start")] == [0, 2]
+    assert fingerprint(run) == fingerprint(whole)
+    assert (run.checkpoints / "damaged-step-00000004").is_dir()
+
+
+def test_a_checkpoint_holds_the_slices_and_not_the_base(two: GlooPool, tmp_path: Path) -> None:
+    base = runs.save_base(
+        tmp_path / "base",
+        hidden_size=256,
+        intermediate_size=704,
+        num_attention_heads=8,
+        head_dim=32,
+    )
+    run = train_in(
+        two,
+        tmp_path / "run",
+        base,
+        method={"budgets": {"o": 0.1, "down": 0.02}},
+        optim={"max_steps": 1},
+    )
+    adapter = Adapter.load(run.adapter)
+    sizes = [path.stat().st_size for path in (run.checkpoints / "step-00000001").iterdir()]
+    base_bytes = (base / "model.safetensors").stat().st_size
+    state_bytes = 12 * adapter.num_parameters  # the slices and two moments, fp32
+    assert state_bytes < sum(sizes) < 1.3 * state_bytes + 30_000  # metadata, RNG, manifest
+    assert sum(sizes) < 0.2 * base_bytes
+
+
+def test_the_saved_checkpoint_is_read_back(two: GlooPool, tmp_path: Path, base: Path) -> None:
+    run = runs.make_run(tmp_path, base, parallel={"num_workers": 2})
+    with pytest.raises(CheckpointError, match="reads back other values"):
+        two.run(train_with_a_lying_disk, run.path)
+    assert not list(run.checkpoints.glob("step-*"))
+
+
+def train_with_a_lying_disk(path: Path) -> None:
+    real = checkpoint.state_dict_saver.save
+
+    def save_something_else(tensors: dict[str, Any], **kwargs: Any) -> None:
+        name = next(iter(tensors["slices"]))
+        real(
+            {**tensors, "slices": {**tensors["slices"], name: tensors["slices"][name] + 1}},
+            **kwargs,
+        )
+
+    checkpoint.state_dict_saver.save = save_something_else
+    try:
+        runs.train(path)
+    finally:
+        checkpoint.state_dict_saver.save = real
+
+
+# Faults
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_rows(
+    two: GlooPool, tmp_path: Path, base: Path
+) -> None:
+    run = runs.make_run(
+        tmp_path,
+        base,
+        parallel={"num_workers": 2},
+        optim={"lr": 1e30, "schedule": "constant"},
+        checkpoint={"every_steps": 1, "storage_path": str(tmp_path / "runs")},
+    )
+    with pytest.raises(JobError) as caught:
+        two.run(runs.train, run.path)
+    assert "step 2: the loss or its gradient is not finite" in str(caught.value)
+    assert "lower optim.lr" in str(caught.value)
+    assert "last good checkpoint: step 1" in str(caught.value)
+    assert not run.adapter.exists()
+
+
+def test_a_full_disk_is_one_clear_fault_and_loses_nothing(
+    two: GlooPool, tmp_path: Path, base: Path
+) -> None:
+    small = tmp_path / "small"
+    small.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=400k", "tmpfs", str(small)]
+    if subprocess.run(mount, capture_output=True).returncode:
+        pytest.skip("a small tmpfs can't be mounted here (needs root)")
+    try:
+        run = runs.make_run(
+            tmp_path / "run",
+            base,
+            parallel={"num_workers": 2},
+            method={"budgets": {"o": 1.0, "down": 1.0}},
+            checkpoint={"every_steps": 2, "keep": 50, "storage_path": str(small)},
+            optim={"max_steps": 60},
+        )
+        with pytest.raises(CheckpointError) as caught:
+            two.run(runs.train, run.path)
+        message = str(caught.value)
+        assert "No space left on device" in message
+        assert "make room" in message
+        good = int(message.rpartition("step ")[2])
+        assert good >= 2
+        assert (run.checkpoints / f"step-{good:08d}" / checkpoint.MANIFEST).is_file()
+        assert len(caught.value.faults) == 1
+    finally:
+        subprocess.run(["umount", "--lazy", str(small)], check=True)
+
+
+# What travels
+
+
+class Traffic(TorchDispatchMode):
+    """Adds up the bytes that each collective takes in."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bytes: dict[str, int] = {}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = func.overloadpacket.__name__
+        if func.namespace == "c10d" and ("gather" in name or "reduce" in name):
+            # Argument 1 is what each rank puts in.
+            given = args[1] if isinstance(args[1], torch.Tensor) else None
+            size = given.numel() * given.element_size() if given is not None else 0
+            self.bytes[name] = self.bytes.get(name, 0) + size
+        return func(*args, **(kwargs or {}))
+
+
+def count_traffic(path: Path) -> dict[str, int]:
+    real, seen = worker.train_step, Traffic()
+
+    def counted(*args: Any, number: int, **kwargs: Any) -> Any:
+        if number != 1:
+            return real(*args, number=number, **kwargs)
+        with seen:
+            return real(*args, number=number, **kwargs)
+
+    worker.train_step = counted
+    try:
+        runs.train(path)
+    finally:
+        worker.train_step = real
+    return seen.bytes
+
+
+def test_frozen_weights_are_never_reduced_and_in_replicate_never_travel(
+    two: GlooPool, tmp_path: Path, base: Path
+) -> None:
+    model_bytes = (base / "model.safetensors").stat().st_size
+    traffic = {}
+    for mode in ("replicate", "full"):
+        run = runs.make_run(
+            tmp_path / mode,
+            base,
+            parallel={"num_workers": 2, "sharding": mode},
+            method={"budgets": {"o": 0.3, "down": 0.08}},
+            optim={"micro_batch_size": 4},
+        )
+        traffic[mode] = two.run(count_traffic, run.path)[0]
+        slices = 4 * Adapter.load(run.adapter).num_parameters
+        reduced = traffic[mode]["_reduce_scatter_base_"]
+        assert slices <= reduced <= 1.1 * slices  # padding to even shards
+        gathered = traffic[mode]["_allgather_base_"]
+        if mode == "replicate":
+            # Each rank puts its half in, in forward and once more for the write-back.
+            assert gathered <= 1.2 * slices
+        else:
+            assert gathered > 0.8 * model_bytes  # its half, twice
+
+
+def optimizer_parameters(path: Path) -> tuple[int, int]:
+    kept = []
+    real = worker.build_optimizer
+
+    def build(slices: Any, config: OptimConfig) -> torch.optim.AdamW:
+        kept.append(real(slices, config))
+        return kept[0]
+
+    worker.build_optimizer = build
+    try:
+        runs.train(path)
+    finally:
+        worker.build_optimizer = real
+    group = kept[0].param_groups[0]["params"]
+    local = [state["exp_avg"].to_local().numel() for state in kept[0].state.values()]
+    return sum(p.numel() for p in group), sum(local)
+
+
+@pytest.mark.parametrize("mode", ["replicate", "full"])
+def test_the_optimizer_holds_the_slices_alone_and_its_state_is_sharded(
+    two: GlooPool, tmp_path: Path, base: Path, mode: str
+) -> None:
+    run = runs.make_run(tmp_path, base, parallel={"num_workers": 2, "sharding": mode})
+    counts = two.run(optimizer_parameters, run.path)
+    total = Adapter.load(run.adapter).num_parameters
+    assert [count for count, _ in counts] == [total, total]
+    assert sum(local for _, local in counts) == total
+
+
+def test_more_ranks_than_selected_columns_and_uneven_shards(
+    four: GlooPool, one: GlooPool, tmp_path: Path
+) -> None:
+    base = runs.save_base(tmp_path / "base", hidden_size=30, intermediate_size=37)
+    method = {"budgets": {"k": 0.1, "up": 0.01, "down": 0.01}}  # one head, one channel
+    for mode in ("replicate", "full"):
+        alone = train_in(
+            one, tmp_path / f"one{mode}", base, method=method, parallel={"sharding": mode}
+        )
+        spread = train_in(
+            four, tmp_path / f"four{mode}", base, method=method, parallel={"sharding": mode}
+        )
+        assert largest_difference(alone, spread) < 1e-6
+
+
+def test_every_rank_sees_the_same_metrics_and_samples(
+    two: GlooPool, tmp_path: Path, base: Path
+) -> None:
+    run = train_in(
+        two, tmp_path, base, evaluation={"every_steps": 3, "num_samples": 2, "max_new_tokens": 4}
+    )
+    evals = runs.read_metrics(run, "eval")
+    assert [line["step"] for line in evals] == [0, 3, 6]
+    assert all(len(line["samples"]) == 2 for line in evals)
+    assert evals[-1]["loss"] < evals[0]["loss"]
+    world = json.loads((run.path / "world.json").read_text())
+    assert world["world_size"] == 2
+    assert world["num_threads"] == 1
