@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import runs
 import torch
-from conftest import GlooPool
+from gloo import GlooPool
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from s2ft_ray.bases import load_base_model
