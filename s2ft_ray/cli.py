@@ -90,6 +90,8 @@ def _up(args: argparse.Namespace) -> int:
     from s2ft_ray import node
     from s2ft_ray.config import s2ft_home
 
+    if not node.status(s2ft_home()).is_up:
+        print("starting Ray and MLflow, about 10 s on an idle machine", file=sys.stderr)
     status = node.up(s2ft_home(), port_base=args.port_base, num_cpus=args.num_cpus)
     _print_table(status)
     print('\nA shell becomes a client by:  set -a; eval "$(s2ft status --env)"; set +a')
