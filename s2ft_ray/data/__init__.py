@@ -11,6 +11,7 @@ from s2ft_ray.data.formats import encode_prompt, render_prompt
 from s2ft_ray.data.loader import Step, TrainLoader, eval_batches, num_steps
 from s2ft_ray.data.packing import pack_rows, packing_efficiency
 from s2ft_ray.data.prepared import DataReport, EvalPrompt, PreparedData, prepare_data
+from s2ft_ray.data.preview import preview
 
 __all__ = [
     "IGNORE_INDEX",
@@ -26,5 +27,6 @@ __all__ = [
     "pack_rows",
     "packing_efficiency",
     "prepare_data",
+    "preview",
     "render_prompt",
 ]

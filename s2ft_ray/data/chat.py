@@ -16,7 +16,7 @@ from transformers.utils.chat_template_utils import render_jinja_template
 
 from s2ft_ray.data.formats import Turn, apply_template
 
-GENERATION_MARKER = re.compile(r"{%-?\s*generation\b")
+GENERATION_MARKER = re.compile(r"{%[-+]?\s*generation\b")
 Span = tuple[int, int]
 
 
@@ -32,7 +32,7 @@ class RenderedChat:
     answers: list[Span]
     """What the assistant says, its end token included, in the order of the turns."""
     prompt_end: int
-    """Where the last answer's prompt ends; 0 where the template doesn't keep it as a prefix."""
+    """Where the last answer's prompt ends."""
 
 
 def render_chat(
@@ -64,9 +64,9 @@ def _render_by_prefixes(
         after = text if index == last else apply_template(turns[: index + 1], tokenizer)
         if not (text.startswith(after) and after.startswith(before)):
             raise ChatError(
-                f"the chat template changes the text before turn {index} when later turns follow,"
-                " so that its loss mask can't be told; use a template with {% generation %}"
-                " markers, or data.train_on: completion"
+                f"the chat template writes the turns up to {index} otherwise when more follow, so"
+                " what the assistant says can't be told from the rest; put"
+                " {% generation %} markers into the template (data.chat_template)"
             )
         answers.append((len(before), _end_of_answer(after, tokenizer)))
     return RenderedChat(text[: answers[-1][1]], answers, answers[-1][0])
@@ -91,9 +91,7 @@ def _render_marked(
     if not answers:
         raise ChatError("the chat template's {% generation %} markers mark nothing in it")
     prompt = apply_template(turns[:-1], tokenizer, add_generation_prompt=True)
-    prompt_end = len(prompt) if text.startswith(prompt) else 0
+    prompt_end = len(prompt) if text.startswith(prompt) else answers[-1][0]
     if not every_answer:
-        answers = (
-            [span for span in answers if span[0] >= prompt_end] if prompt_end else answers[-1:]
-        )
+        answers = [span for span in answers if span[0] >= prompt_end] or answers[-1:]
     return RenderedChat(text[: answers[-1][1]], answers, prompt_end)

@@ -55,7 +55,7 @@ def find_faults(fields: Mapping[str, Any], row_format: Format) -> list[str]:
         if found is not None:
             return [
                 f"{missing[0]}: is missing: this is a {found} row in a file of {row_format} rows;"
-                " put each format into a file of its own"
+                " put each format into a file of its own, or set data.format"
             ]
         keys = ", ".join(fields) or "none"
         return [f"{key}: is missing from this {row_format} row (keys: {keys})" for key in missing]
@@ -177,7 +177,8 @@ def encode_prompt(prompt: Prompt, tokenizer: PreTrainedTokenizerBase) -> list[in
     """Return the tokens after which the model is to answer, as training encoded them."""
     text, is_chat = _render_prompt(prompt, tokenizer)
     ids = tokenizer(text, add_special_tokens=False)["input_ids"]
-    return cast(list[int], ids) if is_chat else with_bos(ids, bos_ids(tokenizer))
+    bos = [] if is_chat else bos_ids(tokenizer)
+    return cast(list[int], ids if ids[: len(bos)] == bos else bos + ids)
 
 
 def _render_prompt(prompt: Prompt, tokenizer: PreTrainedTokenizerBase) -> tuple[str, bool]:
@@ -210,8 +211,3 @@ def bos_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """Return what the tokenizer itself puts before a text: its BOS token, or nothing."""
     bos = tokenizer.bos_token_id
     return [bos] if bos is not None and tokenizer("a")["input_ids"][0] == bos else []
-
-
-def with_bos(ids: list[int], bos: list[int]) -> list[int]:
-    """Put `bos` before `ids` unless it stands there."""
-    return ids if ids[:1] == bos else bos + ids

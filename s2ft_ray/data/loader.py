@@ -9,6 +9,7 @@ within an epoch, and the position (in rows) alone says what comes next. Under pa
 the stream is a packed sequence.
 """
 
+import itertools
 import math
 from dataclasses import dataclass
 from fractions import Fraction
@@ -91,10 +92,7 @@ class TrainLoader:
         step = [self._sequence_at(position) for position in range(self._position, stop)]
         self._position = stop
         share = self._global_batch_size // self._world_size
-        mine = [
-            [_sample(self._dataset, row) for row in sequence]
-            for sequence in step[self._rank * share : (self._rank + 1) * share]
-        ]
+        mine = _read(self._dataset, step[self._rank * share : (self._rank + 1) * share])
         return Step(
             micro_batches=[
                 build_micro_batch(mine[start : start + self._micro_batch_size], self._pad_id)
@@ -143,10 +141,12 @@ def eval_batches(
             continue
         start = starts[first + rank]
         rows = range(start, min(start + micro_batch_size, len(dataset)))
-        batches.append(build_micro_batch([[_sample(dataset, row)] for row in rows], pad_id))
+        batches.append(build_micro_batch(_read(dataset, [[row] for row in rows]), pad_id))
     return batches
 
 
-def _sample(dataset: Dataset, row: int) -> Sample:
-    fields = dataset[row]
-    return Sample(fields["input_ids"], fields["target_mask"], fields["line"])
+def _read(dataset: Dataset, sequences: list[list[int]]) -> list[list[Sample]]:
+    columns = dataset[[row for sequence in sequences for row in sequence]]
+    fields = (columns[name] for name in ("input_ids", "target_mask", "line"))
+    samples = map(Sample, *fields)
+    return [list(itertools.islice(samples, len(sequence))) for sequence in sequences]

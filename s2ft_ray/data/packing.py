@@ -12,6 +12,8 @@ from collections.abc import Sequence
 import numpy as np
 import numpy.typing as npt
 
+PACKING_STREAM = 2
+"""Keeps this draw apart from those of the epochs, which are seeded by 2-tuples."""
 Lengths = Sequence[int] | npt.NDArray[np.int64]
 
 
@@ -22,7 +24,7 @@ def pack_rows(lengths: Lengths, max_seq_len: int, seed: int) -> list[list[int]]:
     instruction data the sequences are more than 99% full (``packing_efficiency``).
     Cost: N log(max_seq_len) for N rows.
     """
-    generator = np.random.default_rng(seed)
+    generator = np.random.default_rng((seed, 0, PACKING_STREAM))
     shuffled = generator.permutation(len(lengths))
     longest_first = shuffled[np.argsort(-np.asarray(lengths)[shuffled], kind="stable")]
     sequences: list[list[int]] = []

@@ -20,6 +20,7 @@ from transformers import PreTrainedTokenizerBase
 
 from s2ft_ray.config import DataConfig
 from s2ft_ray.data.encoding import Encoder
+from s2ft_ray.data.formats import bos_ids
 from s2ft_ray.data.source import SourceFile
 from s2ft_ray.data.token_counts import count_tokens
 from s2ft_ray.data.validation import Faults, ValidatedFile, validate_file
@@ -29,7 +30,7 @@ HELD_OUT_SHARE = 0.05
 MAX_HELD_OUT = 512
 NUM_EVAL_PROMPTS = 16
 SPLIT_STREAM = 1
-"""Keeps the draw of the held-out rows apart from those of the epochs, which are 2-tuples."""
+"""Keeps this draw apart from those of the epochs, which are seeded by 2-tuples."""
 
 
 @dataclass(frozen=True)
@@ -134,7 +135,7 @@ def prepare_data(config: DataConfig, tokenizer: PreTrainedTokenizerBase, seed: i
     files, fatal = _validate_files(config, encoder, faults)
     if fatal or (faults.num_rows and config.invalid_rows == "error"):
         raise DataError(*faults.shown, *fatal, *_summarize(faults, config))
-    empty = [_describe_empty(file, faults) for file in files if not len(file.rows)]
+    empty = [_describe_empty(file) for file in files if not len(file.rows)]
     if empty:
         raise DataError(*faults.shown, *empty)
     train, held_out = _split(files, seed)
@@ -142,7 +143,7 @@ def prepare_data(config: DataConfig, tokenizer: PreTrainedTokenizerBase, seed: i
         train=train,
         eval=held_out,
         eval_prompts=_eval_prompts(held_out, tokenizer),
-        report=_report(files, train, held_out, faults),
+        report=_report(files, train, held_out, faults, _find_notes(train, tokenizer, config)),
     )
 
 
@@ -177,9 +178,9 @@ def _summarize(faults: Faults, config: DataConfig) -> list[str]:
     return [f"{more}{rows} faulty; {way_out}"]
 
 
-def _describe_empty(file: ValidatedFile, faults: Faults) -> str:
-    if faults.num_rows:
-        return f"{file.path}: no row is left when the faulty ones are dropped; mend some of them"
+def _describe_empty(file: ValidatedFile) -> str:
+    if file.num_read:
+        return f"{file.path}: all of its {file.num_read} rows are faulty; mend some of them"
     return f"{file.path}: is empty; it needs at least one row"
 
 
@@ -194,7 +195,7 @@ def _split(files: list[ValidatedFile], seed: int) -> tuple[Dataset, Dataset]:
         )
     count = min(MAX_HELD_OUT, max(1, round(len(rows) * HELD_OUT_SHARE)))
     order = np.random.default_rng((seed, 0, SPLIT_STREAM)).permutation(len(rows))
-    return rows.select(sorted(order[count:])), rows.select(sorted(order[:count]))
+    return rows.select(np.sort(order[count:])), rows.select(np.sort(order[:count]))
 
 
 def _eval_prompts(rows: Dataset, tokenizer: PreTrainedTokenizerBase) -> list[EvalPrompt]:
@@ -210,8 +211,32 @@ def _eval_prompts(rows: Dataset, tokenizer: PreTrainedTokenizerBase) -> list[Eva
     return prompts
 
 
+def _find_notes(rows: Dataset, tokenizer: PreTrainedTokenizerBase, config: DataConfig) -> list[str]:
+    """Look at what a chat template did to the first row that was not cut."""
+    whole = (ids for ids in rows["input_ids"] if len(ids) < config.max_seq_len)
+    ids = next(whole, None)
+    if ids is None:
+        return []
+    notes = []
+    if ids[:1] != bos_ids(tokenizer) != []:
+        notes.append(
+            f"the chat template doesn't write {tokenizer.bos_token}, which the tokenizer puts"
+            " before other texts; if the base was trained with it, let the template begin with it"
+        )
+    if ids[-1] != tokenizer.eos_token_id:
+        notes.append(
+            f"the chat template doesn't end an answer with {tokenizer.eos_token}, the tokenizer's"
+            " end token: generation won't stop by itself unless it knows the template's own"
+        )
+    return notes
+
+
 def _report(
-    files: list[ValidatedFile], train: Dataset, held_out: Dataset, faults: Faults
+    files: list[ValidatedFile],
+    train: Dataset,
+    held_out: Dataset,
+    faults: Faults,
+    notes: list[str],
 ) -> DataReport:
     lengths, targets = count_tokens(train)
     p50, p99 = np.percentile(lengths, [50, 99], method="higher")
@@ -231,7 +256,7 @@ def _report(
         tokens_p50=int(p50),
         tokens_p99=int(p99),
         tokens_max=int(lengths.max()),
-        notes=[],
+        notes=notes,
     )
 
 

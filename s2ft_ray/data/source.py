@@ -27,6 +27,8 @@ class Record:
     line: int
     fields: dict[str, Any]
     fault: str | None = None
+    where: str = ""
+    """What a fault names: the line, and in an array, where lines may not tell rows apart, both."""
 
 
 class SourceFile:
@@ -81,7 +83,7 @@ class SourceFile:
         try:
             text = raw.removeprefix(UTF8_BOM).decode("utf-8")
         except UnicodeDecodeError as error:
-            line = raw.count(b"\n", 0, error.start) + 1
+            line = error.object.count(b"\n", 0, error.start) + 1
             raise DataError(f"{self.path}:{line}: {_describe_bytes(error)}") from error
         try:
             yield from _parse_array(text)
@@ -109,49 +111,48 @@ _decoder = json.JSONDecoder(object_pairs_hook=_object)
 _lenient_decoder = json.JSONDecoder()
 
 
-def _parse_line(number: int, raw: bytes) -> Record:
+def _parse_line(line: int, raw: bytes) -> Record:
     try:
-        value = _decoder.decode(raw.decode("utf-8"))
+        return _record(_decoder.decode(raw.decode("utf-8")), line, str(line))
     except UnicodeDecodeError as error:
-        return Record(number, {}, _describe_bytes(error))
+        fault = _describe_bytes(error)
     except json.JSONDecodeError as error:
-        return Record(
-            number, {}, f"is no valid JSON at column {error.colno}: {error.msg}; {WANTED}"
-        )
+        fault = f"is no valid JSON at column {error.colno}: {error.msg}; {WANTED}"
     except (ValueError, RecursionError) as error:  # a key twice, a number or a nesting too large
-        return Record(number, {}, str(error))
-    return _record(number, value)
+        fault = str(error)
+    return Record(line, {}, fault, str(line))
 
 
-def _record(line: int, value: Any) -> Record:
+def _record(value: Any, line: int, where: str) -> Record:
     if isinstance(value, dict):
-        return Record(line, value)
-    return Record(line, {}, f"is a JSON {_json_type(value)}, not an object; {WANTED}")
+        return Record(line, value, None, where)
+    return Record(line, {}, f"is a JSON {_json_type(value)}, not an object; {WANTED}", where)
 
 
 def _parse_array(text: str) -> Iterator[Record]:
-    line, counted = 1, 0
+    line, counted, number = 1, 0, 0
     position = _skip_space(text, text.index("[") + 1)
-    closed = text.startswith("]", position)
-    while not closed:
+    while not text.startswith("]", position):
+        if number:
+            if not text.startswith(",", position):
+                raise json.JSONDecodeError("Expecting ',' delimiter", text, position)
+            position = _skip_space(text, position + 1)
+        number += 1
         line += text.count("\n", counted, position)
         counted = position
+        where = f"{line} (row {number})"
         try:
             value, position = _decoder.raw_decode(text, position)
-            record = _record(line, value)
-        except json.JSONDecodeError:
-            raise
-        except (ValueError, RecursionError) as error:
-            record = Record(line, {}, str(error))
+            yield _record(value, line, where)
+        except _DuplicateKeyError as error:
             _, position = _lenient_decoder.raw_decode(text, position)
-        yield record
+            yield Record(line, {}, str(error), where)
+        except RecursionError as error:
+            raise json.JSONDecodeError(str(error), text, position) from error
         position = _skip_space(text, position)
-        closed = text.startswith("]", position)
-        if not closed and not text.startswith(",", position):
-            raise json.JSONDecodeError("Expecting ',' delimiter", text, position)
-        position = _skip_space(text, position + 1)
-    if position < len(text) and not text.startswith("]", position):
-        raise json.JSONDecodeError("Extra data", text, position)
+    rest = _skip_space(text, position + 1)
+    if rest < len(text):
+        raise json.JSONDecodeError("Extra data", text, rest)
 
 
 def _skip_space(text: str, position: int) -> int:
@@ -162,7 +163,8 @@ def _skip_space(text: str, position: int) -> int:
 
 def _describe_bytes(error: UnicodeDecodeError) -> str:
     byte = error.object[error.start]
-    return f"is no valid UTF-8 at byte {error.start + 1} of the line (0x{byte:02x}); {AS_UTF8}"
+    place = error.start - error.object.rfind(b"\n", 0, error.start)
+    return f"is no valid UTF-8 at byte {place} of the line (0x{byte:02x}); {AS_UTF8}"
 
 
 def _json_type(value: Any) -> str:

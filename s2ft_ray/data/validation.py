@@ -12,7 +12,9 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Literal
 
-from datasets import Dataset, Features, List, Value, concatenate_datasets
+import pyarrow as pa
+from datasets import Dataset, DatasetInfo, Features, List, Value
+from datasets.table import InMemoryTable
 
 from s2ft_ray.data.encoding import EncodedRow, Encoder, RowFault
 from s2ft_ray.data.formats import KNOWN_FORMATS, Format, detect_format, find_faults
@@ -57,6 +59,8 @@ class ValidatedFile:
     format: Format | None
     """None where no row fits any format."""
     rows: Dataset
+    num_read: int
+    """Rows, faulty ones included."""
     num_truncated: int
 
 
@@ -68,20 +72,21 @@ def validate_file(
     ``auto`` takes the format of the first row that fits one; every other row must have it too.
     """
     known: Format | None = None if row_format == "auto" else row_format
-    parts: list[Dataset] = []
-    num_truncated = 0
+    tables: list[pa.Table] = []
+    num_read = num_truncated = 0
     for batch in _batched(source.records()):
         if known is None:
             known = next(filter(None, (detect_format(record.fields) for record in batch)), None)
-        rows = dict(_encode_batch(batch, source.path, encoder, known, faults))
-        num_truncated += sum(row.is_truncated for row in rows.values())
-        if rows:
-            parts.append(_to_dataset(rows))
+        rows = list(_encode_batch(batch, source.path, encoder, known, faults))
+        num_read += len(batch)
+        num_truncated += sum(row.is_truncated for _, row in rows)
+        tables.append(_to_table(rows))
     return ValidatedFile(
         path=source.path,
         sha256=source.sha256,
         format=known,
-        rows=concatenate_datasets(parts) if parts else _to_dataset({}),
+        rows=_to_dataset(tables, source.sha256),
+        num_read=num_read,
         num_truncated=num_truncated,
     )
 
@@ -102,7 +107,7 @@ def _encode_batch(
         if isinstance(row, EncodedRow):
             yield record.line, row
         else:
-            faults.add(f"{path}:{record.line}", [row.text] if isinstance(row, RowFault) else wrong)
+            faults.add(f"{path}:{record.where}", [row.text] if isinstance(row, RowFault) else wrong)
 
 
 def _find_record_faults(record: Record, row_format: Format | None) -> list[str]:
@@ -114,11 +119,18 @@ def _find_record_faults(record: Record, row_format: Format | None) -> list[str]:
     return find_faults(record.fields, row_format)
 
 
-def _to_dataset(rows: dict[int, EncodedRow]) -> Dataset:
+def _to_table(rows: list[tuple[int, EncodedRow]]) -> pa.Table:
     columns = {
-        "input_ids": [row.input_ids for row in rows.values()],
-        "target_mask": [row.target_mask for row in rows.values()],
-        "prompt_len": [row.prompt_len for row in rows.values()],
-        "line": list(rows),
+        "input_ids": [row.input_ids for _, row in rows],
+        "target_mask": [row.target_mask for _, row in rows],
+        "prompt_len": [row.prompt_len for _, row in rows],
+        "line": [line for line, _ in rows],
     }
-    return Dataset.from_dict(columns, features=FEATURES)
+    return pa.Table.from_pydict(columns, schema=FEATURES.arrow_schema)
+
+
+def _to_dataset(tables: list[pa.Table], fingerprint: str) -> Dataset:
+    """Join the tables in memory; a given fingerprint spares datasets the hashing of all rows."""
+    table = pa.concat_tables(tables) if tables else _to_table([])
+    info = DatasetInfo(features=FEATURES)
+    return Dataset(InMemoryTable(table), info=info, fingerprint=fingerprint[:16])
