@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -117,7 +118,7 @@ class WorkerPart:
 
     def save_adapter(self) -> None:
         """Export the adapter, check that every worker holds the same, write it on rank 0."""
-        adapter = extract_adapter(self.model)
+        adapter = dataclasses.replace(extract_adapter(self.model), training=self._summary())
         prints = [""] * self.workers.world_size
         dist.all_gather_object(prints, adapter.fingerprint)
         if len(set(prints)) != 1:
@@ -128,6 +129,20 @@ class WorkerPart:
                 loaded = Adapter.load(self.run.adapter).fingerprint
                 if loaded != adapter.fingerprint:
                     raise AdapterError(f"{self.run.adapter}: reads back as another one ({loaded})")
+
+    def _summary(self) -> dict[str, Any]:
+        """Say how the adapter was trained, and how its prompts are to be rendered."""
+        return {
+            "run": self.run.run_id,
+            "steps": num_steps(self.config.optim, self.loader.num_rows),
+            "seed": self.config.seed,
+            "data": {
+                "format": self.data.report.format,
+                "digest": self.data.report.digest,
+                "chat_template": self.config.data.chat_template,
+            },
+            "optim": self.config.optim.model_dump(mode="json"),
+        }
 
     def _look(self, step: int, log: MetricsLog | None) -> None:
         """Evaluate on the held-out rows and answer a few of their prompts."""
