@@ -131,7 +131,7 @@ def _check(args: argparse.Namespace) -> int:
 
     plan = plan_run(config)
     print(plan.describe())
-    print(f"first row   {plan.preview()}")
+    print(f"first row   {describe_first_row(plan, color=sys.stdout.isatty())}")
     return 0
 
 

@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedToken
 
 from s2ft_ray.bases import base_name, load_model_config, load_tokenizer
 from s2ft_ray.config import RunConfig
-from s2ft_ray.data import PreparedData, num_steps, pack_rows, prepare_data
+from s2ft_ray.data import PreparedData, num_steps, pack_rows, prepare_data, preview
 from s2ft_ray.errors import ConfigError, S2FTError
 from s2ft_ray.method import check_supported, count_trainable
 from s2ft_ray.registry import Parent, resolve_parent
@@ -78,6 +78,11 @@ class RunPlan:
             *(f"note        {note}" for note in report.notes),
         ]
         return "\n".join(lines)
+
+
+def describe_first_row(plan: RunPlan, *, color: bool) -> str:
+    """Show the first training row; what is no target stands in brackets, or dim with `color`."""
+    return preview(plan.data.train[0], plan.tokenizer, color=color)
 
 
 def plan_run(config: RunConfig) -> RunPlan:
