@@ -127,7 +127,8 @@ def _check(args: argparse.Namespace) -> int:
     from s2ft_ray.config import load_config
 
     config = load_config(args.config, args.overrides)
-    from s2ft_ray.training.plan import plan_run  # only now: a typo is told without torch
+    # Only now, so that a typo is told without torch.
+    from s2ft_ray.training.plan import describe_first_row, plan_run
 
     plan = plan_run(config)
     print(plan.describe())

@@ -25,7 +25,7 @@ from s2ft_ray.training.plan import RunPlan, plan_run
 from s2ft_ray.training.progress import ProgressPrinter
 from s2ft_ray.training.run_folder import RunFolder, create_run_folder, find_run_folder
 
-MLFLOW_TIMEOUT_S = 60.0
+MLFLOW_TIMEOUT_S = 30.0
 
 
 def main(argv: list[str] | None = None) -> int:

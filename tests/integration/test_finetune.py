@@ -1,0 +1,276 @@
+"""The main job on a real Ray and a real MLflow: `ray job submit`, faults, and what is left."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+import yaml
+from nodes import Node
+
+from s2ft_ray.method import Adapter
+from s2ft_ray.training.run_folder import RunFolder, find_run_folder
+
+REPO = Path(__file__).parents[2]
+SHARED = REPO.parent / "shared"
+
+
+def write_config(folder: Path, **sections: Any) -> Path:
+    """Write a small run of the embedded base, with `sections` over it."""
+    rows = folder / "rows.jsonl"
+    rows.write_text(
+        "".join(
+            json.dumps({"prompt": f"Number {i} is", "completion": " odd" if i % 2 else " even"})
+            + "\n"
+            for i in range(80)
+        )
+    )
+    document: dict[str, Any] = {
+        "tenant": "acme",
+        "name": "parity",
+        "data": {"train": str(rows)},
+        "method": {"budgets": {"o": 0.25, "down": 0.1}},
+        "optim": {"lr": 5e-3, "max_steps": 12, "global_batch_size": 8, "micro_batch_size": 2},
+        "parallel": {"num_workers": 2, "sharding": "replicate"},
+        "evaluation": {"every_steps": 6, "num_samples": 1, "max_new_tokens": 4},
+        "checkpoint": {"every_steps": 4, "storage_path": str(folder / "runs")},
+    }
+    for name, values in sections.items():
+        document[name] = {**document[name], **values} if name in document else values
+    path = folder / "run.yaml"
+    path.write_text(yaml.safe_dump(document))
+    return path
+
+
+def finetune(env: dict[str, str], *args: str, timeout: int = 280) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        [sys.executable, "jobs/finetune.py", *args],
+        cwd=REPO,
+        env=env,
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+    )
+
+
+def only_run(folder: Path) -> RunFolder:
+    (config,) = (folder / "runs").glob("*/*/*/config.yaml")
+    return find_run_folder(str(config.parent))
+
+
+def wait_for_step(folder: Path, process: subprocess.Popen, step: int) -> RunFolder:
+    """Wait until the run's metrics tell of `step`."""
+    deadline = time.monotonic() + 180
+    while time.monotonic() < deadline and process.poll() is None:
+        for metrics in (folder / "runs").glob("*/*/*/metrics.jsonl"):
+            if any(f'"kind": "train", "step": {step},' in line for line in metrics.open()):
+                return RunFolder(metrics.parent)
+        time.sleep(0.05)
+    raise AssertionError(f"step {step} was not reached")
+
+
+def train_workers(node: Node) -> list[psutil.Process]:
+    pids = [service["pid"] for service in node.status()["services"] if service["pid"]]
+    family = [child for pid in pids for child in psutil.Process(pid).children(recursive=True)]
+    return [process for process in family if "RayTrainWorker" in " ".join(process.cmdline())]
+
+
+@pytest.fixture(scope="module")
+def undisturbed(node: Node, tmp_path_factory: pytest.TempPathFactory) -> Adapter:
+    """The adapter of the small run when nothing happens to it, by `ray job submit`."""
+    folder = tmp_path_factory.mktemp("undisturbed")
+    config = write_config(folder, optim={"max_steps": 40})
+    command = ["ray", "job", "submit", "--working-dir", str(REPO), "--"]
+    done = subprocess.run(
+        [*command, "python", "jobs/finetune.py", "--config", str(config)],
+        env=node.env,
+        capture_output=True,
+        text=True,
+        timeout=280,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "step 40/40  loss" in done.stdout
+    assert "tokens/s" in done.stdout
+    assert "registered acme.parity version" in done.stdout
+    return Adapter.load(only_run(folder).adapter)
+
+
+def test_full_sharding_gives_the_same_adapter(
+    node: Node, undisturbed: Adapter, tmp_path: Path
+) -> None:
+    config = write_config(tmp_path, optim={"max_steps": 40}, parallel={"sharding": "full"})
+    done = finetune(node.env, "--config", str(config))
+    assert done.returncode == 0, done.stderr
+    assert Adapter.load(only_run(tmp_path).adapter).fingerprint == undisturbed.fingerprint
+
+
+def test_a_killed_worker_changes_nothing(node: Node, undisturbed: Adapter, tmp_path: Path) -> None:
+    config = write_config(tmp_path, optim={"max_steps": 40})
+    job = subprocess.Popen(
+        [sys.executable, "jobs/finetune.py", "--config", str(config)], cwd=REPO, env=node.env
+    )
+    run = wait_for_step(tmp_path, job, 10)
+    workers = train_workers(node)
+    assert len(workers) == 2
+    workers[0].kill()
+    assert job.wait(240) == 0
+    assert Adapter.load(run.adapter).fingerprint == undisturbed.fingerprint
+    starts = [json.loads(line) for line in run.metrics.open() if '"start"' in line]
+    assert len(starts) == 2
+    assert starts[1]["step"] >= 8
+
+
+def test_a_killed_driver_is_resumed_to_the_same_adapter(
+    node: Node, undisturbed: Adapter, tmp_path: Path
+) -> None:
+    config = write_config(tmp_path, optim={"max_steps": 40})
+    job = subprocess.Popen(
+        [sys.executable, "jobs/finetune.py", "--config", str(config)], cwd=REPO, env=node.env
+    )
+    run = wait_for_step(tmp_path, job, 10)
+    job.send_signal(signal.SIGKILL)
+    job.wait(30)
+    assert not run.adapter.exists()
+    done = finetune(node.env, "--resume", str(run.path))
+    assert done.returncode == 0, done.stderr
+    assert "resumed after step" in done.stdout
+    assert Adapter.load(run.adapter).fingerprint == undisturbed.fingerprint
+    again = finetune(node.env, "--resume", str(run.path))
+    assert again.returncode == 0, again.stderr
+    last_line = done.stdout.strip().splitlines()[-1]
+    assert last_line.startswith("registered acme.parity version")
+    assert again.stdout.strip().splitlines()[-1] == last_line  # the same version, not a second one
+
+
+def test_without_mlflow_the_run_trains_and_is_registered_later(
+    node: Node, undisturbed: Adapter, tmp_path: Path
+) -> None:
+    config = write_config(tmp_path, optim={"max_steps": 40})
+    env = {**node.env, "MLFLOW_TRACKING_URI": "http://127.0.0.1:9"}
+    done = finetune(env, "--config", str(config))
+    assert done.returncode == 1
+    assert "trained but not registered" in done.stderr
+    run = only_run(tmp_path)
+    assert Adapter.load(run.adapter).fingerprint == undisturbed.fingerprint
+    resumed = finetune(node.env, "--resume", str(run.path))
+    assert resumed.returncode == 0, resumed.stderr
+    assert "registered acme.parity version" in resumed.stdout
+
+
+def test_a_parent_is_continued_with_its_selection(
+    node: Node, undisturbed: Adapter, tmp_path: Path
+) -> None:
+    config = write_config(tmp_path, registry={"parent": "acme.parity"}, name="child")
+    document = yaml.safe_load(config.read_text())
+    del document["method"]
+    config.write_text(yaml.safe_dump(document))
+    done = finetune(node.env, "--config", str(config))
+    assert done.returncode == 0, done.stderr
+    child = Adapter.load(only_run(tmp_path).adapter)
+    assert child.config == undisturbed.config
+    assert child.slices.keys() == undisturbed.slices.keys()
+    first = next(json.loads(line) for line in only_run(tmp_path).metrics.open() if '"eval"' in line)
+    assert first["loss"] < 1.0  # it begins where its parent ended
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({"model": {"name_or_path": "./modles/x"}}, "modles/x"),
+        ({"data": {"train": "missing.jsonl"}}, "missing.jsonl"),
+        ({"optim": {"learning_rate": 1}}, "did you mean"),
+        ({"method": {"budgets": {"o": 1.5}}}, "less than or equal to 1"),
+        ({"parallel": {"num_workers": 8}}, "8 workers of CPU 1 never fit: the cluster has"),
+        ({"checkpoint": {"storage_path": "/dev/null/runs"}}, "/dev/null/runs can't be written"),
+        ({"parallel": {"sharding": "hybrid"}}, "take auto, replicate or full"),
+        ({"registry": {"parent": "acme.nobody"}}, "acme.nobody"),
+    ],
+)
+def test_bad_input_is_one_clear_line_and_exit_code_2(
+    node: Node, tmp_path: Path, changes: dict[str, Any], expected: str
+) -> None:
+    sections = {
+        **changes,
+        "optim": {"max_steps": 2, "global_batch_size": 16, "micro_batch_size": 2},
+    }
+    sections["optim"] |= changes.get("optim", {})
+    done = finetune(node.env, "--config", str(write_config(tmp_path, **sections)))
+    assert done.returncode == 2, done.stdout + done.stderr
+    faults = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert len(faults) == 1, done.stderr
+    assert expected in faults[0]
+    assert "Traceback" not in done.stderr + done.stdout
+    assert not list(tmp_path.glob("runs/*/*/*/adapter"))
+
+
+def test_an_unsupported_architecture_says_what_is_supported(node: Node, tmp_path: Path) -> None:
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    from s2ft_ray.bases import load_tokenizer
+    from s2ft_ray.config import ModelConfig
+
+    base = tmp_path / "gpt2"
+    tokenizer = load_tokenizer(ModelConfig())
+    GPT2LMHeadModel(
+        GPT2Config(vocab_size=len(tokenizer), n_embd=8, n_layer=1, n_head=2)
+    ).save_pretrained(base)
+    tokenizer.save_pretrained(base)
+    config = write_config(tmp_path, model={"name_or_path": str(base)})
+    done = finetune(node.env, "--config", str(config), "--dry-run")
+    assert done.returncode == 2
+    assert "'gpt2' is not supported; supported are llama, mistral, qwen2, qwen3" in done.stderr
+
+
+@pytest.mark.skipif(not SHARED.exists(), reason="../shared (a real model and data) is absent")
+@pytest.mark.timeout(900)
+def test_a_real_model_learns_word_problems_and_both_modes_agree(node: Node, tmp_path: Path) -> None:
+    import mlflow
+
+    made = {}
+    for mode in ("replicate", "full"):
+        folder = tmp_path / mode
+        folder.mkdir()
+        config = write_config(
+            folder,
+            name="math",
+            model={"name_or_path": str(SHARED / "models/stories260k")},
+            data={
+                "train": str(SHARED / "data/math/train.jsonl"),
+                "eval": str(SHARED / "data/math/test_svamp.jsonl"),
+                "max_seq_len": 320,
+                "invalid_rows": "drop",
+            },
+            method={"budgets": {"o": 0.25, "down": 0.25}},
+            optim={"lr": 1e-2, "max_steps": 60, "global_batch_size": 16, "micro_batch_size": 8},
+            parallel={"sharding": mode},
+            evaluation={"every_steps": 60},
+            checkpoint={"every_steps": 30},
+        )
+        command = ["ray", "job", "submit", "--working-dir", str(REPO), "--"]
+        done = subprocess.run(
+            [*command, "python", "jobs/finetune.py", "--config", str(config)],
+            env=node.env,
+            capture_output=True,
+            text=True,
+            timeout=400,
+        )
+        assert done.returncode == 0, done.stdout + done.stderr
+        made[mode] = only_run(folder)
+    adapters = {mode: Adapter.load(run.adapter) for mode, run in made.items()}
+    assert adapters["replicate"].fingerprint == adapters["full"].fingerprint
+    evals = [json.loads(line) for line in made["full"].metrics.open() if '"eval"' in line]
+    assert evals[0]["loss"] == pytest.approx(4.27, abs=0.4)
+    assert evals[-1]["loss"] < 0.65 * evals[0]["loss"]
+    os.environ["MLFLOW_TRACKING_URI"] = node.env["MLFLOW_TRACKING_URI"]
+    try:
+        model = mlflow.pyfunc.load_model("models:/acme.math@champion")
+        (answer,) = model.predict(["Tom had 3 pens. He got 4 more. How many pens has he?"])
+    finally:
+        del os.environ["MLFLOW_TRACKING_URI"]
+    assert "The answer is" in answer
