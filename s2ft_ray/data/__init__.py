@@ -7,8 +7,8 @@ A row's tokens and its ``target_mask`` stay together; everything else is derived
 """
 
 from s2ft_ray.data.batches import IGNORE_INDEX, MicroBatch
-from s2ft_ray.data.formats import encode_prompt, render_prompt
-from s2ft_ray.data.loader import Step, TrainLoader, eval_batches, num_steps
+from s2ft_ray.data.formats import Prompt, encode_prompt, render_prompt
+from s2ft_ray.data.loader import Step, TrainLoader, eval_batches, num_sequences, num_steps
 from s2ft_ray.data.packing import pack_rows, packing_efficiency
 from s2ft_ray.data.prepared import DataReport, EvalPrompt, PreparedData, prepare_data
 from s2ft_ray.data.preview import preview
@@ -19,10 +19,12 @@ __all__ = [
     "EvalPrompt",
     "MicroBatch",
     "PreparedData",
+    "Prompt",
     "Step",
     "TrainLoader",
     "encode_prompt",
     "eval_batches",
+    "num_sequences",
     "num_steps",
     "pack_rows",
     "packing_efficiency",

@@ -44,6 +44,13 @@ def num_steps(config: OptimConfig, num_rows: int) -> int:
     return math.ceil(epochs * num_rows / config.global_batch_size)
 
 
+def num_sequences(dataset: Dataset, packing: int | None, seed: int) -> int:
+    """Return the rows (packed sequences) of one epoch of a ``TrainLoader`` with these arguments."""
+    if packing is None:
+        return len(dataset)
+    return len(pack_rows(count_tokens(dataset)[0], packing, seed))
+
+
 class TrainLoader:
     """The training stream as one rank sees it; see the module's docstring.
 

@@ -169,13 +169,14 @@ def _summarize(faults: Faults, config: DataConfig) -> list[str]:
         return []
     hidden = faults.num_faults - len(faults.shown)
     more = f"and {hidden} more faults; " if hidden else ""
-    rows = "1 row is" if faults.num_rows == 1 else f"{faults.num_rows} rows are"
-    way_out = (
-        "mend them"
+    is_one = faults.num_rows == 1
+    rows, them = ("1 row is", "it") if is_one else (f"{faults.num_rows} rows are", "them")
+    drop = (
+        ""
         if config.invalid_rows == "drop"
-        else ("mend them, or leave them out with data.invalid_rows: drop")
+        else (f", or leave {them} out with data.invalid_rows: drop")
     )
-    return [f"{more}{rows} faulty; {way_out}"]
+    return [f"{more}{rows} faulty; mend {them}{drop}"]
 
 
 def _describe_empty(file: ValidatedFile) -> str:

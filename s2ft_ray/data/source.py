@@ -75,7 +75,7 @@ class SourceFile:
                 continue
             if number == 1 and content.strip() == b"{":
                 raise DataError(f"{self.path}:1: an object goes on over several lines; {WANTED}")
-            yield _parse_line(number, content)
+            yield _parse_line(number, content.rstrip())
 
     def _array(self, file: BinaryIO) -> Iterator[Record]:
         raw = file.read()
