@@ -41,8 +41,6 @@ class SourceFile:
         self.path = path
         self._file = Path(path).expanduser()
         self._digest = hashlib.sha256()
-        if self._file.is_dir():
-            raise DataError(f"{key}: {path} is a folder; name a JSONL or JSON file in it")
         try:
             with self._file.open("rb") as file:
                 head = file.read(4096)
@@ -51,6 +49,8 @@ class SourceFile:
                 f"{key}: {path}: no such file (looked for {self._file.absolute()});"
                 " name a JSONL or JSON file"
             ) from None
+        except IsADirectoryError:
+            raise DataError(f"{key}: {path} is a folder; name a JSONL or JSON file in it") from None
         except OSError as error:
             raise DataError(f"{key}: {path}: can't be read: {error.strerror or error}") from error
         if head.startswith(UTF16_BOMS):
