@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any, cast
 
 from torch import nn
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
 from s2ft_ray.config import S2FTConfig
@@ -101,6 +102,9 @@ def extract_adapter(model: nn.Module) -> Adapter:
     """
     model = plain_model(model)
     record = _record(model)
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()  # what it has gathered for a forward is rounded to its param_dtype
     slices = {
         name: AdapterSlice(
             layer.side,
