@@ -74,7 +74,7 @@ def ensure_experiment(client: MlflowClient, name: str) -> str:
     experiment = client.get_experiment_by_name(name)
     if experiment is None:
         try:
-            created: str = client.create_experiment(name, _artifact_location(client, name))
+            created: str = client.create_experiment(name, artifact_location(client, name))
             return created
         except MlflowException as error:
             if error.error_code != "RESOURCE_ALREADY_EXISTS":
@@ -93,10 +93,13 @@ def _home_database() -> str:
     return str(s2ft_home() / "mlflow.db")
 
 
-def _artifact_location(client: MlflowClient, experiment: str) -> str | None:
-    # A server's default location is a mlflow-artifacts: URI, which a reader of its database
-    # without the server can't open. On one machine a plain folder serves both; for a server
-    # elsewhere only the server's own default, or a URL that both reach, is right.
+def artifact_location(client: MlflowClient, experiment: str) -> str | None:
+    """Return where a new experiment's files go; None leaves it to the server.
+
+    A server's default is a mlflow-artifacts: URI, which a reader of its database without the
+    server can't open. On one machine a plain folder serves both. For a server elsewhere only its
+    own default is right, or the URL in ``$S2FT_ARTIFACT_ROOT`` that both reach.
+    """
     folder = re.sub(r"[^A-Za-z0-9_-]+", "-", experiment)
     root = os.environ.get("S2FT_ARTIFACT_ROOT")
     if root:

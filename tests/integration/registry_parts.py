@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -11,7 +12,9 @@ import urllib.request
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
+from mlflow import MlflowClient
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
@@ -23,6 +26,21 @@ CHAT_TEMPLATE = (
     "{% for message in messages %}<{{ message.role }}>{{ message.content }}$"
     "{% endfor %}{% if add_generation_prompt %}<assistant>{% endif %}"
 )
+
+
+def make_database(folder: Path) -> Path:
+    """Make an empty MLflow database: its migrations take seconds, a copy of it none."""
+    path = folder / "mlflow.db"
+    MlflowClient(f"sqlite:///{path}").search_experiments()
+    return path
+
+
+def make_home(folder: Path, database: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Make `folder` the S2FT_HOME of this test, with an empty MLflow database."""
+    monkeypatch.setenv("S2FT_HOME", str(folder))
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    shutil.copy(database, folder / "mlflow.db")
+    return folder
 
 
 class Server:

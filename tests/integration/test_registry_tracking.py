@@ -12,7 +12,15 @@ from pathlib import Path
 import pytest
 from mlflow import MlflowClient
 from mlflow.entities import Metric
-from registry_parts import Server, run_config, save_base, train_adapter, write_points
+from registry_parts import (
+    Server,
+    make_database,
+    make_home,
+    run_config,
+    save_base,
+    train_adapter,
+    write_points,
+)
 
 from s2ft_ray.config import RunConfig
 from s2ft_ray.data import DataReport
@@ -21,11 +29,14 @@ from s2ft_ray.errors import ConfigError, JobError
 from s2ft_ray.registry import TrackedRun, deliver_run
 
 
+@pytest.fixture(scope="module")
+def database(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_database(tmp_path_factory.mktemp("database"))
+
+
 @pytest.fixture
-def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.setenv("S2FT_HOME", str(tmp_path))
-    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
-    return tmp_path
+def home(tmp_path: Path, database: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    return make_home(tmp_path, database, monkeypatch)
 
 
 @pytest.fixture
@@ -256,17 +267,11 @@ def test_readers_with_and_without_the_server_see_the_same_artifacts(
     server.start()
     with TrackedRun.start(config(home, server.url), run_folder=run_folder) as tracked:
         write_points(run_folder, range(1, 4))
-    contents = []
-    for uri in (server.url, server.database):
-        client = MlflowClient(uri)
-        uri_of_run = client.get_run(tracked.run_id).info.artifact_uri
-        assert uri_of_run.startswith("file://" + pathname2url(str(home / "mlartifacts")))
-        contents.append(Path(client.download_artifacts(tracked.run_id, "config.yaml")).read_text())
-    assert (
-        contents[0]
-        == contents[1]
-        == config(home).to_yaml().replace("uri: null", f"uri: {server.url}")
-    )
+    for uri, name in ((server.url, "served"), (server.database, "direct")):
+        (home / name).mkdir()
+        stored = MlflowClient(uri).download_artifacts(tracked.run_id, "", str(home / name))
+        assert Path(stored, "config.yaml").read_text() == config(home, server.url).to_yaml()
+        assert Path(stored, "figures", "loss.png").stat().st_size > 1000
 
 
 def test_a_failing_job_is_marked_failed_and_an_interrupted_one_killed(

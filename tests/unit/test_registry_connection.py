@@ -4,7 +4,7 @@ import pytest
 
 from s2ft_ray.config import RunConfig, parse_config
 from s2ft_ray.registry import default_tracking_uri
-from s2ft_ray.registry.connection import _artifact_location
+from s2ft_ray.registry.connection import artifact_location
 from s2ft_ray.registry.delivery import metric_key
 
 
@@ -37,19 +37,20 @@ def test_the_tracking_uri_is_the_configs_then_the_environments_then_the_homes(
 
 @pytest.mark.parametrize("uri", ["sqlite:////x.db", "http://127.0.0.1:5000", "http://localhost:1"])
 def test_on_one_machine_artifacts_lie_where_any_reader_finds_them(uri: str, home: Path) -> None:
-    location = _artifact_location(Client(uri), "s2ft/acme")
+    location = artifact_location(Client(uri), "s2ft/acme")
     assert location == (home / "mlartifacts" / "s2ft-acme").as_uri()
 
 
-def test_a_server_elsewhere_keeps_its_own_artifact_location(home: Path) -> None:
-    assert _artifact_location(Client("https://mlflow.example.com"), "s2ft/acme") is None
+@pytest.mark.usefixtures("home")
+def test_a_server_elsewhere_keeps_its_own_artifact_location() -> None:
+    assert artifact_location(Client("https://mlflow.example.com"), "s2ft/acme") is None
 
 
 @pytest.mark.usefixtures("home")
 def test_a_given_artifact_root_is_used_everywhere(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("S2FT_ARTIFACT_ROOT", "s3://bucket/s2ft/")
     for uri in ("sqlite:////x.db", "https://mlflow.example.com"):
-        assert _artifact_location(Client(uri), "../odd name") == "s3://bucket/s2ft/-odd-name"
+        assert artifact_location(Client(uri), "../odd name") == "s3://bucket/s2ft/-odd-name"
 
 
 def test_a_metrics_name_is_one_that_mlflow_takes() -> None:
