@@ -77,15 +77,15 @@ def up(home: Path, port_base: int | None = None, num_cpus: int | None = None) ->
         if len(missing) < len(SERVICES):
             _check_same(record, port_base, num_cpus)
         for name in missing:  # what a dead service left behind may hold its ports
-            end(_members(home, record, name), _ORPHAN_PATIENCE_S)
+            _end_service(home, record, name)
         if len(missing) == len(SERVICES):
             base = claim.enter_context(claim_base(port_base, record.port_base))
             record = NodeRecord(port_base=base, num_cpus=num_cpus)
         site = _site(home, record)
         for name in missing:
             process = _start(site, name, record)
-            undo.callback(end, [process], _PATIENCE_S)
             record = _add(record, site, process, name)
+            undo.callback(_end_service, home, record, name)
             save_record(home, record)
         _wait_healthy(site, record)
         undo.pop_all()
@@ -100,8 +100,7 @@ def down(home: Path) -> list[ServiceName]:
         record = load_record(home)
         running = [name for name in SERVICES if _find(record, name) is not None]
         for name in SERVICES:
-            patience_s = _PATIENCE_S if name in running else _ORPHAN_PATIENCE_S
-            end(_members(home, record, name), patience_s)
+            _end_service(home, record, name)
         shutil.rmtree(services.temp_dir(home), ignore_errors=True)
         if record.processes:
             save_record(home, record.model_copy(update={"processes": {}}))
@@ -131,8 +130,12 @@ def _find(record: NodeRecord, name: ServiceName) -> psutil.Process | None:
     return None if known is None else find_process(known)
 
 
-def _members(home: Path, record: NodeRecord, name: ServiceName) -> list[psutil.Process]:
-    return find_topmost(record.processes.get(name), services.mark(home, name), home)
+def _end_service(home: Path, record: NodeRecord, name: ServiceName) -> None:
+    patience_s = _ORPHAN_PATIENCE_S if _find(record, name) is None else _PATIENCE_S
+    mark = services.mark(home, name)
+    while members := find_topmost(record.processes.get(name), mark, home):
+        end(members, patience_s)
+        patience_s = _ORPHAN_PATIENCE_S  # the next were being born while their parent ended
 
 
 def _look(home: Path, record: NodeRecord, name: ServiceName) -> ServiceStatus:
