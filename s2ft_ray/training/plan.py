@@ -124,7 +124,7 @@ def plan_run(config: RunConfig) -> RunPlan:
         num_sequences=len(pack_rows(lengths, packing, config.seed) if packing else lengths),
         num_parameters=_count_parameters(model_config),
         num_trainable=num_trainable,
-        memory=_estimate_memory(config, model_config, num_trainable, packing or max(lengths)),
+        memory=estimate_memory(config, model_config, num_trainable, packing or max(lengths)),
     )
 
 
@@ -162,32 +162,34 @@ def _count_parameters(model_config: PretrainedConfig) -> int:
     return sum(p.numel() for p in model.parameters())
 
 
-def _estimate_memory(
+def estimate_memory(
     config: RunConfig, model_config: PretrainedConfig, num_trainable: int, seq_len: int
 ) -> MemoryEstimate:
     """Add up what a worker holds, for the decoders of the Llama family.
 
-    Kept for each token and layer, in values of the base's dtype: q, k, v and the attention's
-    output (4 D at most), gate, up and their product (3 F); in fp32 what the two norms keep
-    (4 D). With activation checkpointing: one layer of that, and D for each layer. Logits: in the
-    base's dtype, in fp32, and their gradient.
+    Of each token and layer the graph keeps, in the base's dtype, q, k, v and the attention's
+    output (2 D + 2 D of which k and v only have the KV heads' share) and gate, its activation and
+    up (3 F); in fp32 the inputs of the two norms (2 D). With activation checkpointing it keeps
+    the layers' inputs, and one layer's part at a time. Logits: in the base's dtype, in fp32, and
+    their gradient.
     """
     workers = config.parallel.num_workers
     num_workers = workers if isinstance(workers, int) else workers[0]
     width = _dtype_bytes(config, model_config)
     hidden, intermediate = model_config.hidden_size, model_config.intermediate_size
+    kv_share = model_config.num_key_value_heads / model_config.num_attention_heads
     tokens = config.optim.micro_batch_size * seq_len
-    layer = tokens * ((4 * hidden + 3 * intermediate) * width + 4 * hidden * 4)
+    values = (2 + 2 * kv_share) * hidden + 3 * intermediate
+    layer = int(tokens * (values * width + 2 * hidden * 4))
     layers = model_config.num_hidden_layers
     if config.parallel.activation_checkpointing:
-        kept = layer + layers * tokens * hidden * width
+        kept = layers * tokens * hidden * width + layer
     else:
-        kept = layer * layers
-    logits = tokens * model_config.vocab_size * (width + 4 + 4)
+        kept = layers * layer
     return MemoryEstimate(
         base=_count_parameters(model_config) * width,
         slices=num_trainable * STATE_BYTES // num_workers,
-        activations=kept + logits,
+        activations=kept + tokens * model_config.vocab_size * (width + 8),
     )
 
 

@@ -190,7 +190,7 @@ def _build(run: RunFolder, workers: Workers) -> WorkerPart:
     else:
         convert(model, config.method)
     if config.parallel.activation_checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
+        model.activation_checkpointing_enable()
     pad_id, micro_batch_size = tokenizer.pad_token_id, config.optim.micro_batch_size
     loader = TrainLoader(
         data.train,
