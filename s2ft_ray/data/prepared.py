@@ -194,9 +194,14 @@ def _split(files: list[ValidatedFile], seed: int) -> tuple[Dataset, Dataset]:
             f"{files[0].path}: has 1 row, and one must be held out for evaluation;"
             " add rows, or name a file of held-out rows in data.eval"
         )
-    count = min(MAX_HELD_OUT, max(1, round(len(rows) * HELD_OUT_SHARE)))
+    count = count_held_out(len(rows))
     order = np.random.default_rng((seed, 0, SPLIT_STREAM)).permutation(len(rows))
     return rows.select(np.sort(order[count:])), rows.select(np.sort(order[:count]))
+
+
+def count_held_out(num_rows: int) -> int:
+    """Return how many of so many rows are held out."""
+    return min(MAX_HELD_OUT, max(1, round(num_rows * HELD_OUT_SHARE)))
 
 
 def _eval_prompts(rows: Dataset, tokenizer: PreTrainedTokenizerBase) -> list[EvalPrompt]:

@@ -24,10 +24,10 @@ PLAIN_TEMPLATE = (
 )
 BOS_TEMPLATE = "{{ bos_token }}" + PLAIN_TEMPLATE
 MARKED_TEMPLATE = (
-    "{{ bos_token }}{% for m in messages %}{% if m.role == 'assistant' %}{{ 'assistant: ' }}"
+    "{{ bos_token }}{% for m in messages %}{% if m.role == 'assistant' %}{{ 'assistant\n' }}"
     "{% generation %}{{ m.content + eos_token }}{% endgeneration %}{{ '\n' }}"
-    "{% else %}{{ m.role + ': ' + m.content + '\n' }}{% endif %}{% endfor %}"
-    "{% if add_generation_prompt %}{{ 'assistant: ' }}{% endif %}"
+    "{% else %}{{ m.role + '\n' + m.content + '\n' }}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}{{ 'assistant\n' }}{% endif %}"
 )
 # Shows the reasoning of the last answer only, so that an answer's text changes with what follows.
 FORGETFUL_TEMPLATE = (
