@@ -1,0 +1,1 @@
+"""The benchmarks behind ``python jobs/benchmark.py``, a module for each subcommand."""

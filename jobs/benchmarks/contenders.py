@@ -1,0 +1,110 @@
+"""The ways of fine-tuning that the training benchmark compares, at equal trainable parameters.
+
+Invariant: every contender starts from a model that was just built, and differs from the others in
+what it trains and how; the optimizer, the data and the loss are the same.
+
+The limit trains nothing: gradients flow through all frozen weights to the embeddings' output,
+which is the least that any method below the first layer must pay.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from peft import LoraConfig, get_peft_model
+from torch import nn
+from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
+
+from s2ft_ray.config import S2FTConfig
+from s2ft_ray.method import convert
+
+WIDE = ["q_proj", "k_proj", "v_proj", "up_proj", "down_proj"]
+NARROW = ["o_proj", "down_proj"]
+
+
+@dataclass(frozen=True)
+class Contender:
+    """One way of fine-tuning."""
+
+    name: str
+    attach: Callable[[PreTrainedModel, int], nn.Module]
+    """Make a fresh model train about so many parameters."""
+
+
+def contenders(dtype: torch.dtype) -> list[Contender]:
+    """Return S2FT first, then what it is compared with."""
+    lora = [
+        Contender("LoRA q k v up down", lambda model, size: _lora(model, size, WIDE)),
+        Contender("LoRA o down", lambda model, size: _lora(model, size, NARROW)),
+    ]
+    if dtype != torch.float32:
+        # peft keeps adapters of a bf16 base in fp32, as S2FT does its slices; this is without.
+        lora.append(
+            Contender(
+                "LoRA q k v up down, all bf16",
+                lambda model, size: _lora(model, size, WIDE, fp32_adapters=False),
+            )
+        )
+    return [
+        Contender("S2FT o down", lambda model, _: _s2ft(model)),
+        Contender("limit: frozen weights", lambda model, _: _limit(model)),
+        *lora,
+        Contender("DoRA q k v up down", lambda model, size: _lora(model, size, WIDE, dora=True)),
+        Contender("full fine-tuning", lambda model, _: model.requires_grad_(True)),
+    ]
+
+
+def build_model(
+    config: LlamaConfig, device: torch.device, dtype: torch.dtype, attn: str
+) -> PreTrainedModel:
+    """Build a model of random weights, all frozen, in training mode."""
+    torch.manual_seed(0)
+    with device:
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=attn)
+    model.config.use_cache = False
+    return model.requires_grad_(False).train()
+
+
+def trainable_parameters(model: nn.Module) -> list[nn.Parameter]:
+    return [parameter for parameter in model.parameters() if parameter.requires_grad]
+
+
+def build_optimizer(model: nn.Module) -> torch.optim.Optimizer | None:
+    """Build the same fused AdamW for everybody; None where nothing is trained."""
+    trainable = trainable_parameters(model)
+    return torch.optim.AdamW(trainable, lr=1e-5, fused=True) if trainable else None
+
+
+def _s2ft(model: PreTrainedModel) -> nn.Module:
+    convert(model, S2FTConfig())
+    return model
+
+
+def _limit(model: PreTrainedModel) -> nn.Module:
+    model.enable_input_require_grads()
+    return model
+
+
+def _lora(
+    model: PreTrainedModel,
+    size: int,
+    targets: list[str],
+    *,
+    dora: bool = False,
+    fp32_adapters: bool = True,
+) -> nn.Module:
+    rank = lora_rank(model, size, targets, dora=dora)
+    config = LoraConfig(r=rank, lora_alpha=rank, target_modules=targets, use_dora=dora)
+    return get_peft_model(model, config, autocast_adapter_dtype=fp32_adapters)
+
+
+def lora_rank(model: nn.Module, size: int, targets: list[str], *, dora: bool) -> int:
+    """Return the rank whose number of trainable parameters is nearest to `size`."""
+    linears = [
+        module
+        for name, module in model.named_modules()
+        if name.rpartition(".")[2] in targets and isinstance(module, nn.Linear)
+    ]
+    magnitudes = sum(linear.out_features for linear in linears) if dora else 0
+    per_rank = sum(linear.in_features + linear.out_features for linear in linears)
+    return max(1, round((size - magnitudes) / per_rank))

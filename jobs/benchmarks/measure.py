@@ -1,0 +1,104 @@
+"""What one training step costs: its time, the bytes its graph keeps, the peak of its memory.
+
+Invariant: a step is forward, loss, backward, clipping, and the optimizer's step with all that
+hangs on it (S2FT's write-back is in its post-step hook).
+"""
+
+import time
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
+from torch.profiler import ProfilerActivity, profile
+
+MAX_GRAD_NORM = 1.0
+
+
+@dataclass(frozen=True)
+class TrainingStep:
+    """A model, its optimizer (None: nothing is trained) and the batch: [B, T] token ids."""
+
+    model: nn.Module
+    optimizer: torch.optim.Optimizer | None
+    input_ids: Tensor
+
+    def run(self) -> None:
+        """Do one step."""
+        self._loss().backward()
+        if self.optimizer is not None:
+            trained = [p for group in self.optimizer.param_groups for p in group["params"]]
+            nn.utils.clip_grad_norm_(trained, MAX_GRAD_NORM)
+            self.optimizer.step()
+            self.optimizer.zero_grad()
+
+    def time(self) -> float:
+        """Return the seconds that one step takes, the device's work included."""
+        self._wait()
+        started = time.perf_counter()
+        self.run()
+        self._wait()
+        return time.perf_counter() - started
+
+    def kept_bytes(self) -> int:
+        """Return the bytes of the storages that the graph keeps between forward and backward.
+
+        Parameters and buffers are there anyway and don't count; a saved view counts with the
+        whole storage that it pins.
+        """
+        own = {_address(tensor) for tensor in self._state()}
+        kept: dict[int, int] = {}
+
+        def pack(tensor: Tensor) -> Tensor:
+            if _address(tensor) not in own:
+                kept[_address(tensor)] = tensor.untyped_storage().nbytes()
+            return tensor
+
+        with saved_tensors_hooks(pack, lambda tensor: tensor):
+            loss = self._loss()
+        total = sum(kept.values())
+        loss.backward()
+        if self.optimizer is not None:
+            self.optimizer.zero_grad()
+        return total
+
+    def peak_bytes(self) -> int:
+        """Return the peak of the bytes in tensors over two steps, the model's own included.
+
+        The optimizer must be new: its state is counted as it is made. On the CPU the peak is
+        added up from the allocator's events, so it does not depend on the rest of the process.
+        """
+        if self.input_ids.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats()
+            self._run_twice()
+            return torch.cuda.max_memory_allocated()
+        with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+            self._run_twice()
+        events = profiler.profiler.kineto_results.events()
+        changes = sorted((e.start_ns(), e.nbytes()) for e in events if e.name() == "[memory]")
+        current = peak = 0
+        for _, change in changes:
+            current += change
+            peak = max(peak, current)
+        return peak + sum(
+            {_address(t): t.untyped_storage().nbytes() for t in self._state()}.values()
+        )
+
+    def _run_twice(self) -> None:
+        self.run()
+        self.run()
+
+    def _loss(self) -> Tensor:
+        loss: Tensor = self.model(input_ids=self.input_ids, labels=self.input_ids).loss
+        return loss
+
+    def _state(self) -> list[Tensor]:
+        return [*self.model.parameters(), *self.model.buffers()]
+
+    def _wait(self) -> None:
+        if self.input_ids.device.type == "cuda":
+            torch.cuda.synchronize()
+
+
+def _address(tensor: Tensor) -> int:
+    return tensor.untyped_storage().data_ptr()
