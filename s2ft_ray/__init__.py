@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING, Any
 from s2ft_ray.config import S2FTConfig
 
 if TYPE_CHECKING:
-    from s2ft_ray.method import Adapter, convert, extract_adapter, restore
+    from s2ft_ray.method import Adapter, convert, extract_adapter, fuse, restore
 
 __version__ = "0.1.0"
-__all__ = ["Adapter", "S2FTConfig", "convert", "extract_adapter", "restore"]
+__all__ = ["Adapter", "S2FTConfig", "convert", "extract_adapter", "fuse", "restore"]
 
 
 def __getattr__(name: str) -> Any:

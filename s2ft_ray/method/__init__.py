@@ -11,6 +11,7 @@ from s2ft_ray.method.conversion import (
     slice_layers,
 )
 from s2ft_ray.method.fingerprint import base_fingerprint_of_files
+from s2ft_ray.method.fusion import fuse
 from s2ft_ray.method.linear import S2FTLinear
 from s2ft_ray.method.parts import AdapterSlice, BaseInfo
 from s2ft_ray.method.selection import ModuleSelection, Selection, count_trainable
@@ -31,6 +32,7 @@ __all__ = [
     "convert_like",
     "count_trainable",
     "extract_adapter",
+    "fuse",
     "restore",
     "slice_layers",
     "supported_architectures",

@@ -17,15 +17,14 @@ from s2ft_ray.errors import AdapterError, ConfigError
 from s2ft_ray.method.adapter import Adapter
 from s2ft_ray.method.architectures import Decoder
 from s2ft_ray.method.linear import S2FTLinear
-from s2ft_ray.method.parts import AdapterSlice, BaseInfo
+from s2ft_ray.method.parts import SIDES, AdapterSlice, BaseInfo
+from s2ft_ray.method.scores import score_units
 from s2ft_ray.method.selection import (
-    SIDES,
     Key,
     ModuleSelection,
     Selection,
     Taken,
     check_available,
-    score_units,
     select,
     to_units,
 )
@@ -60,14 +59,16 @@ def convert(
     decoder = _check_plain(model)
     check_available(config)
     if calibration is not None:
-        raise ConfigError("calibration: a random selection looks at no data; leave it out")
+        raise ConfigError(
+            f"calibration: the selection {config.selection!r} looks at no data; leave it out"
+        )
     taken = Taken()
     for adapter in avoid:
         bind(model, adapter)
         for name, part in adapter.slices.items():
             if key := decoder.locate(name):
                 taken.add(key, part.indices.tolist(), decoder.geometry)
-    chosen = select(config, decoder.geometry, score_units(config, decoder.geometry), taken)
+    chosen = select(config, decoder.geometry, score_units(config, decoder), taken)
     return _convert(model, decoder, config, chosen, _describe_base(model))
 
 

@@ -9,8 +9,20 @@ from typing import Literal
 
 from torch import Tensor
 
+from s2ft_ray.config import Projection
+
 Side = Literal["in", "out"]
 """What a slice takes of a weight [D, F]: columns ("in": o, down) or rows ("out": the others)."""
+
+SIDES: dict[Projection, Side] = {
+    "q": "out",
+    "k": "out",
+    "v": "out",
+    "o": "in",
+    "up": "out",
+    "gate": "out",
+    "down": "in",
+}
 
 
 @dataclass(frozen=True)

@@ -6,33 +6,20 @@ prefix of it. So o and v, or up, gate and down, share what they can, and neither
 sharding, the other budgets, the other layers nor the global random state changes a choice.
 """
 
-import hashlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
-from typing import Any, Literal
-
-import torch
-from torch import Tensor
+from typing import Any
 
 from s2ft_ray.config import Projection, S2FTConfig
 from s2ft_ray.errors import ConfigError
 from s2ft_ray.method.architectures import Geometry
 from s2ft_ray.method.parts import Side
+from s2ft_ray.method.scores import Scores, Structure, random_scores
 
-Structure = Literal["heads", "channels"]
 Unit = tuple[int, int]
 """(layer, head or channel)."""
 Key = tuple[int, Projection]
 
-SIDES: dict[Projection, Side] = {
-    "q": "out",
-    "k": "out",
-    "v": "out",
-    "o": "in",
-    "up": "out",
-    "gate": "out",
-    "down": "in",
-}
 _QUERY: tuple[Projection, ...] = ("q", "o")
 _KEY_VALUE: tuple[Projection, ...] = ("k", "v")
 
@@ -99,16 +86,9 @@ class Taken:
             self.channels.update((layer, channel) for channel in units)
 
 
-def random_scores(seed: int, layer: int, structure: Structure, count: int) -> Tensor:
-    """Draw one score for each head or channel: float64 [count], the same on every machine."""
-    digest = hashlib.sha256(f"{seed}/{layer}/{structure}".encode()).digest()
-    generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
-    return torch.rand(count, generator=generator, dtype=torch.float64)
-
-
 def check_available(config: S2FTConfig) -> None:
     """Raise ConfigError for each choice that this version doesn't make, with the ones it does."""
-    available = {"selection": ["random"], "allocation": ["uniform"], "layout": ["gathered"]}
+    available = {"selection": ["random", "weight"], "layout": ["gathered"]}
     faults = []
     for key, values in available.items():
         value, known = getattr(config, key), " or ".join(map(repr, values))
@@ -118,19 +98,6 @@ def check_available(config: S2FTConfig) -> None:
         raise ConfigError(*faults)
 
 
-def score_units(config: S2FTConfig, geometry: Geometry) -> dict[tuple[int, Structure], Tensor]:
-    """Return one score for each query head and channel of each layer; the lowest are chosen."""
-    counts: dict[Structure, int] = {
-        "heads": geometry.num_heads,
-        "channels": geometry.intermediate_size,
-    }
-    return {
-        (layer, structure): random_scores(config.seed, layer, structure, count)
-        for layer in range(geometry.num_layers)
-        for structure, count in counts.items()
-    }
-
-
 def count_trainable(hf_config: Any, config: S2FTConfig) -> int:
     """Return how many parameters `convert` would train, without a model.
 
@@ -138,7 +105,8 @@ def count_trainable(hf_config: Any, config: S2FTConfig) -> int:
     """
     check_available(config)
     geometry = Geometry.of(hf_config)
-    chosen = select(config, geometry, score_units(config, geometry), Taken())
+    # How many are chosen doesn't depend on which: any scores do.
+    chosen = select(config, geometry, random_scores(config.seed, geometry), Taken())
     # Every projection has hidden_size on the side that isn't selected from.
     return sum(len(indices) for indices in chosen.values()) * geometry.hidden_size
 
@@ -146,7 +114,7 @@ def count_trainable(hf_config: Any, config: S2FTConfig) -> int:
 def select(
     config: S2FTConfig,
     geometry: Geometry,
-    scores: Mapping[tuple[int, Structure], Tensor],
+    scores: Scores,
     taken: Taken,
 ) -> dict[Key, tuple[int, ...]]:
     """Choose rows or columns for each (layer, projection): those of the lowest scores.
@@ -205,7 +173,7 @@ def to_units(projection: Projection, indices: Iterable[int], geometry: Geometry)
 def _rank(
     pool: list[int],
     structure: Structure,
-    scores: Mapping[tuple[int, Structure], Tensor],
+    scores: Scores,
     taken: set[Unit],
 ) -> list[Unit]:
     scored = [

@@ -1,8 +1,10 @@
 """Conversion and its way back; a converted model's state, copies, moves and refusals."""
 
 import copy
+import gc
 import io
 import pickle
+import weakref
 from typing import Any
 
 import pytest
@@ -182,6 +184,16 @@ def test_moving_the_model_moves_every_part_of_a_layer() -> None:
     assert {part.device.type for part in parts} == {"meta"}
     assert layer.indices.dtype == torch.int64
     assert layer.slice.dtype == torch.float32
+
+
+def test_a_converted_model_that_nobody_holds_is_freed() -> None:
+    model = build_model()
+    convert(model, CONFIG)
+    train(model)
+    layer = weakref.ref(slice_layers(model)[0][1])
+    del model
+    gc.collect()
+    assert layer() is None
 
 
 def test_converting_twice_is_refused() -> None:

@@ -13,7 +13,8 @@ from method_models import ALL, build_model
 from s2ft_ray.errors import AdapterError, ConfigError
 from s2ft_ray.method import S2FTConfig, convert, count_trainable, extract_adapter, restore
 from s2ft_ray.method.architectures import Geometry
-from s2ft_ray.method.selection import Taken, score_units, select, to_units
+from s2ft_ray.method.scores import random_scores
+from s2ft_ray.method.selection import Taken, select, to_units
 
 budgets = st.dictionaries(st.sampled_from(ALL), st.floats(0.001, 1.0, allow_nan=False), min_size=1)
 geometries = st.builds(
@@ -36,7 +37,7 @@ geometries = st.builds(
 def choose(geometry: Geometry, **config: Any) -> dict[Any, set[int]]:
     """Units by (layer, projection)."""
     resolved = S2FTConfig(**config)
-    chosen = select(resolved, geometry, score_units(resolved, geometry), Taken())
+    chosen = select(resolved, geometry, random_scores(resolved.seed, geometry), Taken())
     return {key: set(to_units(key[1], indices, geometry)) for key, indices in chosen.items()}
 
 
@@ -52,7 +53,7 @@ def test_each_layer_has_the_rounded_count_of_whole_units(
     geometry: Geometry, budget: dict[str, float], seed: int
 ) -> None:
     config = S2FTConfig(budgets=budget, seed=seed)
-    chosen = select(config, geometry, score_units(config, geometry), Taken())
+    chosen = select(config, geometry, random_scores(config.seed, geometry), Taken())
     assert chosen.keys() == {(i, p) for i in range(geometry.num_layers) for p in budget}
     for (_, projection), indices in chosen.items():
         total = num_units(geometry, projection)
@@ -214,3 +215,77 @@ def test_trainable_parameters_are_counted_without_a_model(family: str) -> None:
     config = S2FTConfig(budgets=dict.fromkeys(ALL, 0.3), layers=[1])
     counted = count_trainable(model.config, config)
     assert counted == convert(model, config).num_trainable
+
+
+@settings(max_examples=60, deadline=None)
+@given(geometries, budgets, st.integers(0, 999))
+def test_global_allocation_draws_the_count_of_all_layers_together(
+    geometry: Geometry, budget: dict[str, float], seed: int
+) -> None:
+    chosen = choose(geometry, budgets=budget, seed=seed, allocation="global")
+    for projection, share in budget.items():
+        total = num_units(geometry, projection) * geometry.num_layers
+        found = sum(len(units) for key, units in chosen.items() if key[1] == projection)
+        assert found == max(1, round(share * total))
+    for layer in range(geometry.num_layers):
+        for family in (("q", "o"), ("k", "v"), ("up", "gate", "down")):
+            for small, large in pairwise(
+                sorted((chosen.get((layer, p), set()) for p in family if p in budget), key=len)
+            ):
+                assert small <= large
+
+
+def test_global_allocation_meets_a_share_that_uniform_rounds() -> None:
+    # The paper's table 6: 0.052 of 32 heads is 1.66 a layer.
+    geometry = Geometry(32, 32, 32, 4, 64, 128)
+    uniform = choose(geometry, budgets={"o": 0.052})
+    drawn = choose(geometry, budgets={"o": 0.052}, allocation="global")
+    assert sum(map(len, uniform.values())) == 64
+    assert sum(map(len, drawn.values())) == 53
+    assert len({len(units) for units in drawn.values()}) > 1
+
+
+def test_a_layer_without_selected_heads_is_not_converted() -> None:
+    model = build_model()
+    selection = convert(model, S2FTConfig(budgets={"o": 0.0625}, allocation="global"))
+    assert len(selection.modules) == len(selection.heads) == 1
+    assert selection.num_trainable == 64 * 8
+
+
+@pytest.mark.parametrize("subset", ["small", "large"])
+@pytest.mark.parametrize("family", ["llama", "qwen2"])
+def test_a_selection_by_weight_takes_the_end_of_the_coupled_norms(subset: str, family: str) -> None:
+    model = build_model(family)
+    expected_heads, expected_channels = {}, {}
+    sign = 1 if subset == "small" else -1
+    for i, layer in enumerate(model.model.layers):
+        attention, mlp = layer.self_attn, layer.mlp
+        norms = []
+        for head in range(8):
+            rows, group = slice(8 * head, 8 * head + 8), slice(8 * (head // 4), 8 * (head // 4) + 8)
+            parts = [attention.q_proj.weight[rows], attention.o_proj.weight[:, rows]]
+            parts += [attention.k_proj.weight[group], attention.v_proj.weight[group]]
+            norms.append(sign * sum(float(part.detach().norm() ** 2) for part in parts))
+        expected_heads[i] = sorted(sorted(range(8), key=norms.__getitem__)[:2])
+        up, gate, down = mlp.up_proj.weight, mlp.gate_proj.weight, mlp.down_proj.weight
+        whole = (up**2).sum(1) + (gate**2).sum(1) + (down**2).sum(0)
+        order = (sign * whole.detach()).argsort()
+        expected_channels[i] = sorted(order[:9].tolist())
+    selection = convert(
+        model, S2FTConfig(budgets={"o": 0.25, "up": 0.1}, selection="weight", subset=subset)
+    )
+    assert selection.heads == expected_heads
+    assert selection.channels == expected_channels
+
+
+def test_a_selection_by_weight_knows_no_seed_but_avoids() -> None:
+    model = build_model()
+    config = {"budgets": {"down": 0.1}, "selection": "weight"}
+    first = convert(model, S2FTConfig(**config))
+    adapter = extract_adapter(model)
+    restore(model)
+    assert convert(model, S2FTConfig(seed=1, **config)) == first
+    restore(model)
+    second = convert(model, S2FTConfig(**config), avoid=[adapter])
+    for layer, channels in second.channels.items():
+        assert not set(channels) & set(first.channels[layer])
