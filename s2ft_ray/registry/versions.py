@@ -62,7 +62,8 @@ def register_adapter(
     """Register the adapter in `folder` as a version of ``<tenant>.<name>`` and give it its alias.
 
     The version carries the lineage tags of its MLflow run, and `tags` beside them; `metrics` are
-    shown with the model. Tried 4 times; run again later, it completes what it began.
+    shown with the model, as ``final/...``. Tried 4 times; run again later, it completes what it
+    began.
 
     Raises AdapterError for a damaged adapter, JobError where MLflow can't be used.
     """
@@ -165,7 +166,7 @@ class _Registration:
         client.log_outputs(self.run_id, [LoggedModelOutput(model.model_id, step=0)])
         now_ms = int(time.time() * 1000)
         metrics = [
-            Metric(key, value, now_ms, 0, model_id=model.model_id, run_id=self.run_id)
+            Metric(f"final/{key}", value, now_ms, 0, model_id=model.model_id, run_id=self.run_id)
             for key, value in self.metrics.items()
         ]
         client.log_batch(self.run_id, metrics=metrics)
