@@ -129,6 +129,11 @@ class TrackedRun:
         """Store a file of the run folder under `folder` among the run's artifacts."""
         self._journal.owe(_artifact(str(path.relative_to(self._folder)), folder))
 
+    def last_values(self, kind: Literal["train", "eval"]) -> dict[str, float]:
+        """Return the numbers of the last step or evaluation; none where there was none."""
+        points = [point for point in self._points() if point.kind == kind]
+        return points[-1].values if points else {}
+
     def flush(self, timeout_s: float) -> bool:
         """Deliver all that is recorded so far; False where MLflow didn't take it in time."""
         return self._courier.flush(timeout_s)

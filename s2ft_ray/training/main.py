@@ -17,6 +17,7 @@ from pathlib import Path
 import ray
 
 from s2ft_ray.config import RunConfig, load_config
+from s2ft_ray.data import PreparedData
 from s2ft_ray.errors import ConfigError, JobError, S2FTError
 from s2ft_ray.method import Adapter
 from s2ft_ray.registry import RegisteredVersion, TrackedRun, register_adapter
@@ -85,15 +86,21 @@ def create_run(plan: RunPlan) -> RunFolder:
 def finish_run(run: RunFolder, config: RunConfig) -> RegisteredVersion:
     """Do what the run still lacks: train, then register. Repeating it changes nothing."""
     print(f"run         {run.run_id} in {run.path}", flush=True)
-    with TrackedRun.start(config, run_folder=run.path) as tracked:
+    tags = {**(run.read_json("lineage.json") or {}), "job": run.run_id}
+    with TrackedRun.start(config, run_folder=run.path, tags=tags) as tracked:
+        tracked.record_data(PreparedData.load(run.data).report)
         if not run.adapter.exists():
             with ProgressPrinter(run.metrics):
                 train_with_ray(run, config.parallel)
         adapter = Adapter.load(run.adapter)
         print(f"adapter     {adapter.fingerprint} in {run.adapter}", flush=True)
-        lineage = run.read_json("lineage.json") or {}
+        tracked.record_adapter(adapter, Adapter.load(run.parent) if run.parent.exists() else None)
         return register_adapter(
-            run.adapter, config, mlflow_run_id=_reach(tracked), tags={**lineage, "job": run.run_id}
+            run.adapter,
+            config,
+            mlflow_run_id=_reach(tracked),
+            tags=tags,
+            metrics=tracked.last_values("eval"),
         )
 
 
