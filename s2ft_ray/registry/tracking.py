@@ -118,9 +118,11 @@ class TrackedRun:
             log.warning("the deltas can't be measured: %s", error)
             return
         values = {key: value for delta in deltas for key, value in delta.values.items()}
-        step = max((point.step for point in self._points()), default=0)
+        # At the last step and its time: a resumed run that measures again tells the same points.
+        last = max(self._points(), key=lambda point: point.step, default=None)
+        step, at = (last.step, last.time) if last else (0, time.time())
         self._journal.owe(
-            Entry("metrics", {"step": step, "time": time.time(), "values": values}),
+            Entry("metrics", {"step": step, "time": at, "values": values}),
             Entry("tags", {"fingerprint": adapter.fingerprint}),
         )
         self.record_file(figure, "figures")
