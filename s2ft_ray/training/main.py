@@ -53,6 +53,7 @@ def main(argv: list[str] | None = None) -> int:
             run = find_run_folder(args.resume)
             config = run.load_config()
             _connect()
+            check_room(config.parallel)
         elif args.config:
             plan = plan_run(load_config(args.config, args.set))
             print(plan.describe(), flush=True)

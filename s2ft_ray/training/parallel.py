@@ -20,8 +20,6 @@ from torch import nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 
-from s2ft_ray.errors import ConfigError
-
 Sharding = Literal["replicate", "full"]
 
 # Of the memory free for a worker, what the frozen base may take before it is sharded. The rest
@@ -68,11 +66,7 @@ def resolve_sharding(asked: str, base_bytes: int, workers: Workers) -> tuple[Sha
         return "replicate", "as configured"
     if asked == "full":
         return "full", "as configured"
-    if asked == "hybrid":
-        raise ConfigError(
-            "parallel.sharding: hybrid is not available in this version; take auto, replicate or"
-            " full"
-        )
+    assert asked == "auto", "the plan refuses what isn't there"
     free = torch.tensor(_free_bytes(workers), dtype=torch.float64, device=workers.device)
     dist.all_reduce(free, op=dist.ReduceOp.MIN)
     room = float(free) * MAX_BASE_SHARE

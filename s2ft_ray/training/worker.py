@@ -42,6 +42,8 @@ def run_worker(path: Path, device: torch.device, num_threads: int) -> None:
     `num_threads` are the intra-op threads of a new run; a resumed run keeps its own, because
     another number rounds differently. The process group must exist.
     """
+    if device.type == "cuda":
+        torch.cuda.set_device(device)  # objects that NCCL carries go through the current device
     run = RunFolder(path)
     workers = Workers.join(device)
     with _raised_everywhere():
