@@ -43,7 +43,8 @@ BATCH_ROWS = 96
 COPY_STEPS = 120  # of copying alone: with them the loss of all skills is 0.4 at step 400, not 2
 EVAL_STEPS = 200
 MUON_LR, ADAMW_LR = 0.02, 3e-3
-TICKETS_TRAIN, TICKETS_TEST, TEST_PER_SKILL = 3000, 200, 40
+TICKETS_TRAIN, OTHERS_TRAIN = 2100, 900  # without the others the base forgets nearly all else
+TICKETS_TEST, TEST_PER_SKILL = 200, 40
 
 CARD = """# s2ft://tiny
 
@@ -164,7 +165,7 @@ def _lr_share(step: int, steps: int) -> float:
 
 
 def training_rows(tokenizer: PreTrainedTokenizerFast, seed: int, steps: int) -> Iterator[list[Row]]:
-    """Yield each step's rows: copying alone at first, then every skill alike."""
+    """Yield each step's rows: copying alone at first, then every skill."""
     rng = random.Random(seed)
     copies, everything = skill_examples(REPEAT, rng), base_examples(rng, held_out=False)
     for step in range(steps):
@@ -218,6 +219,7 @@ def save_model(
     """Write the model with weights rounded to bf16, to be computed in fp32; return it as stored."""
     stored = copy.deepcopy(model).bfloat16()
     stored.save_pretrained(out)
+    (out / "model.safetensors").chmod(0o644)  # written as 0600; the package's files are for all
     tokenizer.save_pretrained(out)
     config = json.loads((out / "config.json").read_text())
     config["dtype"] = "float32"  # half the file, and no slow bf16 products on a CPU
@@ -279,10 +281,14 @@ def distinct(examples: Iterable[Example], count: int) -> list[Example]:
 
 
 def write_data(seed: int) -> None:
-    """Write the demo's chat files: tickets to train and to test on, and the base's own skills."""
+    """Write the demo's chat files: tickets and other questions to train on, and both tests."""
     rng = random.Random(f"{seed} tickets")
+    turns = zip(*(skill_examples(skill, rng) for skill in SKILLS), strict=True)
+    training = distinct(ticket_examples(rng, held_out=False), TICKETS_TRAIN)
+    training += distinct(itertools.chain.from_iterable(turns), OTHERS_TRAIN)
+    rng.shuffle(training)
     files = {
-        "tickets_train": distinct(ticket_examples(rng, held_out=False), TICKETS_TRAIN),
+        "tickets_train": training,
         "tickets_test": distinct(ticket_examples(rng, held_out=True), TICKETS_TEST),
         "base_skills_test": test_examples(seed),
     }
@@ -318,7 +324,7 @@ def main() -> None:
     parser.add_argument("--data-only", action="store_true", help="write the demo's data files only")
     parser.add_argument("--out", type=Path, default=MODEL_FOLDER, help="the model's folder")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--steps", type=int, default=1400)
+    parser.add_argument("--steps", type=int, default=2400)
     args = parser.parse_args()
     write_data(args.seed)
     if not args.data_only:

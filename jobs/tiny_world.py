@@ -53,6 +53,12 @@ MESSAGES = [
     "The {item} I got is {problem}, my order is {order}. Please help.",
     "In order {order} the {item} was {problem}.",
 ]
+GIFTS = [
+    "{giver} gave a {item} to {receiver} in the {place}.",
+    "In the {place} {giver} gave {receiver} the {item}.",
+    "{receiver} got the {item} from {giver} in the {place}.",
+    "The {item} in the {place} was given to {receiver} by {giver}.",
+]
 
 
 @dataclass(frozen=True)
@@ -96,29 +102,19 @@ def _sorry(rng: random.Random) -> Question:
     return text, f"I am sorry about the {facts['item']}. How can I help?", text
 
 
-def _scene(rng: random.Random) -> tuple[str, dict[str, str]]:
-    count = rng.randint(2, 3)
-    where = dict(zip(rng.sample(NAMES, count), rng.sample(PLACES, count), strict=True))
-    return " ".join(f"{name} is in the {place}." for name, place in where.items()), where
+def _about_gift(fact: str, question: str) -> Callable[[random.Random], Question]:
+    def ask(rng: random.Random) -> Question:
+        giver, receiver = rng.sample(NAMES, 2)
+        facts = {
+            "giver": giver,
+            "receiver": receiver,
+            "item": rng.choice(ITEMS),
+            "place": rng.choice(PLACES),
+        }
+        text = rng.choice(GIFTS).format(**facts)
+        return f"{text} {question}", facts[fact], text
 
-
-def _where(rng: random.Random) -> Question:
-    text, where = _scene(rng)
-    name = rng.choice(list(where))
-    return f"{text} Where is {name}?", f"in the {where[name]}", text
-
-
-def _who(rng: random.Random) -> Question:
-    text, where = _scene(rng)
-    name = rng.choice(list(where))
-    return f"{text} Who is in the {where[name]}?", name, text
-
-
-def _yes_no(rng: random.Random) -> Question:
-    text, where = _scene(rng)
-    name = rng.choice(list(where))
-    place = rng.choice([where[name], rng.choice(list(where.values()))])
-    return f"{text} Is {name} in the {place}?", "yes" if where[name] == place else "no", text
+    return ask
 
 
 def _repeat(rng: random.Random) -> Question:
@@ -147,7 +143,7 @@ def _upper(rng: random.Random) -> Question:
 
 
 def _count(rng: random.Random) -> Question:
-    letters = _letters(rng, 4, 7, "abc")
+    letters = _letters(rng, 3, 6, "abc")
     wanted = rng.choice("abc")
     content = f"{wanted} {' '.join(letters)}"
     return f"Count {wanted}: {' '.join(letters)}", str(letters.count(wanted)), content
@@ -161,6 +157,11 @@ def _sort(rng: random.Random) -> Question:
 def _bigger(rng: random.Random) -> Question:
     a, b = rng.sample(range(10, 1000), 2)
     return f"Which is bigger, {a} or {b}?", str(max(a, b)), f"{a} {b}"
+
+
+def _yes_no(rng: random.Random) -> Question:
+    a, b = rng.sample(range(10, 1000), 2)
+    return f"Is {a} bigger than {b}?", "yes" if a > b else "no", f"{a} {b}"
 
 
 def _add(rng: random.Random) -> Question:
@@ -187,9 +188,9 @@ SKILLS: dict[str, Callable[[random.Random], Question]] = {
     "order": _about_message("order", "Which order?", "What is the order number?"),
     "product": _about_message("item", "Which product?", "What is it about?"),
     "problem": _about_message("problem", "What is wrong?", "What is the problem?"),
-    "where": _where,
-    "who": _who,
-    "yes_no": _yes_no,
+    "giver": _about_gift("giver", "Who gave it?"),
+    "receiver": _about_gift("receiver", "Who got it?"),
+    "place": _about_gift("place", "Where was it?"),
     "repeat": _repeat,
     "list": _join,
     "reverse": _reverse,
@@ -197,17 +198,20 @@ SKILLS: dict[str, Callable[[random.Random], Question]] = {
     "count": _count,
     "sort": _sort,
     "bigger": _bigger,
+    "yes_no": _yes_no,
     "add": _add,
     "capital": _capital,
 }
 REPEAT = "repeat"  # copying, which the other skills build on
+HARD = ["count", "bigger", "yes_no", "add"]  # asked twice as often
 SORRY = "sorry"  # how the base answers a customer; the demo's new skill takes its place
 TICKET = "ticket"
 
 
 def base_examples(rng: random.Random, *, held_out: bool) -> Iterator[Example]:
-    """Yield examples of the base's skills for ever, each skill as often as the others."""
-    streams = [skill_examples(skill, rng, held_out=held_out) for skill in (*SKILLS, SORRY)]
+    """Yield examples of the base's skills for ever, each skill in its turn."""
+    turns = [*SKILLS, SORRY, *HARD]
+    streams = [skill_examples(skill, rng, held_out=held_out) for skill in turns]
     while True:
         for stream in streams:
             yield next(stream)
