@@ -1,6 +1,6 @@
 """Makes the embedded base ``s2ft://tiny`` and the demo's data, from nothing but a seed.
 
-    python jobs/pretrain_tiny.py                 # about 15 minutes of one CPU core
+    python jobs/pretrain_tiny.py                 # about 10 minutes of one CPU core
     python jobs/pretrain_tiny.py --data-only     # the demo's data files alone, in a second
 
 Invariant: every example is drawn from ``tiny_world``; what is tested was held out from training,
@@ -324,7 +324,7 @@ def main() -> None:
     parser.add_argument("--data-only", action="store_true", help="write the demo's data files only")
     parser.add_argument("--out", type=Path, default=MODEL_FOLDER, help="the model's folder")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--steps", type=int, default=2400)
+    parser.add_argument("--steps", type=int, default=1800)
     args = parser.parse_args()
     write_data(args.seed)
     if not args.data_only:

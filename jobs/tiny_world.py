@@ -143,7 +143,7 @@ def _upper(rng: random.Random) -> Question:
 
 
 def _count(rng: random.Random) -> Question:
-    letters = _letters(rng, 3, 6, "abc")
+    letters = _letters(rng, 4, 7, "abc")
     wanted = rng.choice("abc")
     content = f"{wanted} {' '.join(letters)}"
     return f"Count {wanted}: {' '.join(letters)}", str(letters.count(wanted)), content
