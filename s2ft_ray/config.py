@@ -228,6 +228,18 @@ class RunConfig(Section):
                 )
         return self
 
+    @model_validator(mode="after")
+    def _check_packing(self) -> Self:
+        # transformers finds packed samples of a batch of one alone under flash attention.
+        flash = self.model.attn_implementation == "flash_attention_2"
+        if self.data.packing and flash and self.optim.micro_batch_size > 1:
+            raise ValueError(
+                f"optim.micro_batch_size {self.optim.micro_batch_size}: packing with"
+                " flash_attention_2 keeps samples apart in micro-batches of 1 only; take 1, a"
+                " longer data.max_seq_len, or model.attn_implementation sdpa"
+            )
+        return self
+
     @property
     def registered_name(self) -> str:
         """The name in the model registry: ``<tenant>.<name>``."""

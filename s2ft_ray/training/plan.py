@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedToken
 
 from s2ft_ray.bases import base_name, load_model_config, load_tokenizer
 from s2ft_ray.config import RunConfig
-from s2ft_ray.data import PreparedData, num_steps, pack_rows, prepare_data, preview
+from s2ft_ray.data import PreparedData, num_sequences, num_steps, prepare_data, preview
 from s2ft_ray.errors import ConfigError, S2FTError
 from s2ft_ray.method import check_supported, count_trainable
 from s2ft_ray.registry import Parent, resolve_parent
@@ -114,17 +114,18 @@ def plan_run(config: RunConfig) -> RunPlan:
         raise type(error)(*faults, *error.faults) from error
     if faults:
         raise ConfigError(*faults)
-    lengths = [len(ids) for ids in data.train["input_ids"]]
     packing = config.data.max_seq_len if config.data.packing else None
     return RunPlan(
         config=config,
         data=data,
         tokenizer=tokenizer,
         parent=parent,
-        num_sequences=len(pack_rows(lengths, packing, config.seed) if packing else lengths),
+        num_sequences=num_sequences(data.train, packing, config.seed),
         num_parameters=_count_parameters(model_config),
         num_trainable=num_trainable,
-        memory=estimate_memory(config, model_config, num_trainable, packing or max(lengths)),
+        memory=estimate_memory(
+            config, model_config, num_trainable, packing or data.report.tokens_max
+        ),
     )
 
 

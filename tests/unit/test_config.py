@@ -52,6 +52,13 @@ def test_overrides_apply_in_order_and_reach_new_sections(tmp_path: Path) -> None
         ({"tenant": "Acme Inc"}, "tenant: string should match pattern"),
         ({"data": {}}, "data.train: is required"),
         (
+            {
+                "data": {"train": "a", "packing": True},
+                "model": {"attn_implementation": "flash_attention_2"},
+            },
+            "optim.micro_batch_size 4: packing with flash_attention_2",
+        ),
+        (
             {"optim": {"global_batch_size": 10, "micro_batch_size": 4}},
             "optim.global_batch_size 10 is no multiple of optim.micro_batch_size 4 x 1 workers;"
             " take 12",
@@ -105,7 +112,7 @@ def test_the_method_alone_raises_config_errors_too() -> None:
 
 def test_every_error_survives_pickling() -> None:
     kinds = [kind for kind in vars(errors).values() if isinstance(kind, type)]
-    assert len(kinds) == 7
+    assert len(kinds) == 8
     for kind in kinds:
         copy = pickle.loads(pickle.dumps(kind("a: 1", "b: 2")))
         assert type(copy) is kind
