@@ -7,6 +7,7 @@ holds the ratios of the minima over all rounds.
 import argparse
 import gc
 import json
+import sys
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -27,7 +28,7 @@ from s2ft_ray.config import S2FTConfig
 from s2ft_ray.method import convert
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
-VOCAB_SIZE = 32000
+VOCAB_SIZE = 4096
 # Heads, key-value heads, size of a head, intermediate channels.
 SHAPES = {"small": (12, 4, 64, 2048), "7b": (32, 32, 128, 11008)}
 DEFAULT_LAYERS = {"small": 8, "7b": 32}
@@ -74,7 +75,7 @@ def run(arguments: argparse.Namespace) -> None:
     model_config = build_config(arguments.config, arguments.layers, arguments.width)
     print(describe_model(model_config, arguments.attn))
     if warning:
-        print(warning)
+        print(warning, flush=True)
     tables = []
     for case in build_cases(arguments, model_config):
         results = measure(case, arguments.rounds)
@@ -140,8 +141,10 @@ def measure(case: Case, rounds: int) -> list[Result]:
     """Measure all contenders; S2FT's result comes first."""
     size = convert(_fresh_model(case), S2FTConfig()).num_trainable
     everyone = contenders(DTYPES[case.dtype])
+    _tell(f"{case.name}: memory of {len(everyone)} contenders")
     results = [_measure_memory(case, contender, size) for contender in everyone]
-    for _ in range(rounds):
+    for number in range(1, rounds + 1):
+        _tell(f"{case.name}: round {number} of {rounds}")
         for contender, result in zip(everyone, results, strict=True):
             result.seconds += _take_turn(case, contender, size)
     return results
@@ -169,6 +172,10 @@ def render(results: list[Result], tokens: int, aims: dict[str, Target]) -> str:
         ]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
+
+
+def _tell(progress: str) -> None:
+    print(progress, file=sys.stderr, flush=True)
 
 
 def _ratio(ratio: float, most: float | None) -> str:
