@@ -1,5 +1,6 @@
 """What the registry's tests stand on: a real MLflow server, a tiny base, a trained adapter."""
 
+import contextlib
 import json
 import os
 import shutil
@@ -62,7 +63,12 @@ class Server:
         command += [f"--artifacts-destination={self.folder / 'proxied'}"]
         with (self.folder / "server.log").open("ab") as log:
             self._process = subprocess.Popen(
-                command, stdout=log, stderr=log, cwd=self.folder, start_new_session=True
+                command,
+                stdout=log,
+                stderr=log,
+                cwd=self.folder,
+                env={**os.environ, "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"},
+                start_new_session=True,
             )
         deadline = time.monotonic() + 120
         while not self._answers():
@@ -73,7 +79,8 @@ class Server:
     def kill(self) -> None:
         """End the server and its worker at once, as a crash would."""
         if self._process is not None:
-            os.killpg(self._process.pid, signal.SIGKILL)
+            with contextlib.suppress(ProcessLookupError):  # it may have ended by itself
+                os.killpg(self._process.pid, signal.SIGKILL)
             self._process.wait()
             self._process = None
 
