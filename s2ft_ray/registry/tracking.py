@@ -186,7 +186,8 @@ class TrackedRun:
         if kind is None:
             self.finish("FINISHED")
         else:
-            self.finish("FAILED" if issubclass(kind, Exception) else "KILLED")
+            # Short: whoever waits wants to see the error, and the run folder keeps the rest.
+            self.finish("FAILED" if issubclass(kind, Exception) else "KILLED", timeout_s=5.0)
 
 
 def deliver_run(config: RunConfig, run_folder: Path) -> str:

@@ -13,18 +13,19 @@ import logging
 import os
 import sys
 from pathlib import Path
-
-import ray
+from typing import TYPE_CHECKING
 
 from s2ft_ray.config import RunConfig, load_config
-from s2ft_ray.data import PreparedData
 from s2ft_ray.errors import ConfigError, JobError, S2FTError
-from s2ft_ray.method import Adapter
-from s2ft_ray.registry import RegisteredVersion, TrackedRun, register_adapter
-from s2ft_ray.training.launch import check_room, train_with_ray
-from s2ft_ray.training.plan import RunPlan, plan_run
 from s2ft_ray.training.progress import ProgressPrinter
 from s2ft_ray.training.run_folder import RunFolder, create_run_folder, find_run_folder
+
+if TYPE_CHECKING:
+    from s2ft_ray.registry import RegisteredVersion, TrackedRun
+    from s2ft_ray.training.plan import RunPlan
+
+# Ray, torch and MLflow take seconds to import, so what needs them imports them: a mistake in the
+# command or the configuration is told at once.
 
 MLFLOW_TIMEOUT_S = 30.0
 
@@ -51,21 +52,17 @@ def main(argv: list[str] | None = None) -> int:
                     "--resume goes on with the run as it was; leave --config and --set out"
                 )
             run = find_run_folder(args.resume)
-            config = run.load_config()
-            _connect()
-            check_room(config.parallel)
+            _join_cluster(run.load_config())
         elif args.config:
-            plan = plan_run(load_config(args.config, args.set))
+            plan = _plan(load_config(args.config, args.set))
             print(plan.describe(), flush=True)
             if args.dry_run:
                 return 0
-            config = plan.config
-            _connect()
-            check_room(config.parallel)
+            _join_cluster(plan.config)
             run = create_run(plan)
         else:
             raise ConfigError("--config FILE or --resume RUN is required")
-        version = finish_run(run, config)
+        version = finish_run(run)
     except S2FTError as error:
         for fault in error.faults:
             print(f"error: {fault}", file=sys.stderr, flush=True)
@@ -74,7 +71,25 @@ def main(argv: list[str] | None = None) -> int:
     return 0
 
 
-def create_run(plan: RunPlan) -> RunFolder:
+def _plan(config: RunConfig) -> "RunPlan":
+    from s2ft_ray.training.plan import plan_run
+
+    return plan_run(config)
+
+
+def _join_cluster(config: RunConfig) -> None:
+    """Join the cluster that RAY_ADDRESS names, or start one for this process; see it has room."""
+    import ray
+
+    from s2ft_ray.training.launch import check_room
+
+    if not ray.is_initialized():
+        address = None if os.environ.get("RAY_ADDRESS") else "local"
+        ray.init(address=address, logging_level=logging.WARNING, log_to_driver=True)
+    check_room(config.parallel)
+
+
+def create_run(plan: "RunPlan") -> RunFolder:
     """Make the run's folder with all that its workers read."""
     run = create_run_folder(plan.config)
     plan.data.save(run.data)
@@ -84,8 +99,14 @@ def create_run(plan: RunPlan) -> RunFolder:
     return run
 
 
-def finish_run(run: RunFolder, config: RunConfig) -> RegisteredVersion:
+def finish_run(run: RunFolder) -> "RegisteredVersion":
     """Do what the run still lacks: train, then register. Repeating it changes nothing."""
+    from s2ft_ray.data import PreparedData
+    from s2ft_ray.method import Adapter
+    from s2ft_ray.registry import TrackedRun, register_adapter
+    from s2ft_ray.training.launch import train_with_ray
+
+    config = run.load_config()
     print(f"run         {run.run_id} in {run.path}", flush=True)
     tags = {**(run.read_json("lineage.json") or {}), "job": run.run_id}
     with TrackedRun.start(config, run_folder=run.path, tags=tags) as tracked:
@@ -105,7 +126,7 @@ def finish_run(run: RunFolder, config: RunConfig) -> RegisteredVersion:
         )
 
 
-def _reach(tracked: TrackedRun) -> str:
+def _reach(tracked: "TrackedRun") -> str:
     """Wait for the MLflow run to exist: the version is registered under it."""
     tracked.flush(MLFLOW_TIMEOUT_S)
     if tracked.run_id is None:
@@ -114,11 +135,3 @@ def _reach(tracked: TrackedRun) -> str:
             " but not registered; --resume registers it"
         )
     return tracked.run_id
-
-
-def _connect() -> None:
-    """Join the cluster that RAY_ADDRESS names, or start one for this process alone."""
-    if ray.is_initialized():
-        return
-    address = None if os.environ.get("RAY_ADDRESS") else "local"
-    ray.init(address=address, logging_level=logging.WARNING, log_to_driver=True)

@@ -50,8 +50,10 @@ def test_every_contender_is_in_the_table_of_each_dtype(train: tuple[str, dict[st
         "S2FT o down",
         "limit: frozen weights",
         "LoRA q k v up down",
+        "LoRA q k v up down, dropout",
         "LoRA o down",
         "DoRA q k v up down",
+        "DoRA q k v up down, dropout",
         "full fine-tuning",
     ]
     assert bf16 == [*fp32[:4], "LoRA q k v up down, all bf16", *fp32[4:]]
@@ -81,6 +83,7 @@ def test_trainable_parameters_are_equal_to_half_a_rank(
     wide = layers * (2 * width + 2 * (width + key_value) + 2 * (width + channels))
     narrow = layers * (2 * width + width + channels)
     ranks = {"LoRA q k v up down": wide, "LoRA o down": narrow, "DoRA q k v up down": wide}
+    ranks |= {f"{name}, dropout": wide for name in ranks if "q k v" in name}
     for table in train[1]["tables"]:
         counts = {it["name"]: it["num_trainable"] for it in table["results"]}
         # One head of o, and 3% of 512 channels of down.
@@ -100,7 +103,7 @@ def test_s2ft_keeps_less_than_lora_and_the_machine_is_named(
         assert kept["S2FT o down"] < kept["LoRA o down"] < kept["LoRA q k v up down"]
     assert document["machine"]["threads"] == 1
     assert document["machine"]["torch"] == torch.__version__
-    assert re.search(r"Llama of 2 layers, 192 wide, .* vocabulary 32000", printed)
+    assert re.search(r"Llama of 2 layers, 192 wide, .* vocabulary 4096", printed)
 
 
 class ViewKeeper(nn.Module):

@@ -15,6 +15,7 @@ import yaml
 from nodes import Node
 
 from s2ft_ray.method import Adapter
+from s2ft_ray.training.main import main
 from s2ft_ray.training.run_folder import RunFolder, find_run_folder
 
 REPO = Path(__file__).parents[2]
@@ -42,7 +43,8 @@ def write_config(folder: Path, **sections: Any) -> Path:
         "checkpoint": {"every_steps": 4, "storage_path": str(folder / "runs")},
     }
     for name, values in sections.items():
-        document[name] = {**document[name], **values} if name in document else values
+        inside = document.get(name)
+        document[name] = {**inside, **values} if isinstance(inside, dict) else values
     path = folder / "run.yaml"
     path.write_text(yaml.safe_dump(document))
     return path
@@ -69,10 +71,15 @@ def wait_for_step(folder: Path, process: subprocess.Popen, step: int) -> RunFold
     deadline = time.monotonic() + 180
     while time.monotonic() < deadline and process.poll() is None:
         for metrics in (folder / "runs").glob("*/*/*/metrics.jsonl"):
-            if any(f'"kind": "train", "step": {step},' in line for line in metrics.open()):
+            if f'"kind": "train", "step": {step},' in metrics.read_text():
                 return RunFolder(metrics.parent)
         time.sleep(0.05)
     raise AssertionError(f"step {step} was not reached")
+
+
+def metrics_of(run: RunFolder, kind: str) -> list[dict[str, Any]]:
+    lines = [json.loads(line) for line in run.metrics.read_text().splitlines()]
+    return [line for line in lines if line["kind"] == kind]
 
 
 def train_workers(node: Node) -> list[psutil.Process]:
@@ -121,7 +128,7 @@ def test_a_killed_worker_changes_nothing(node: Node, undisturbed: Adapter, tmp_p
     workers[0].kill()
     assert job.wait(240) == 0
     assert Adapter.load(run.adapter).fingerprint == undisturbed.fingerprint
-    starts = [json.loads(line) for line in run.metrics.open() if '"start"' in line]
+    starts = metrics_of(run, "start")
     assert len(starts) == 2
     assert starts[1]["step"] >= 8
 
@@ -175,7 +182,7 @@ def test_a_parent_is_continued_with_its_selection(
     child = Adapter.load(only_run(tmp_path).adapter)
     assert child.config == undisturbed.config
     assert child.slices.keys() == undisturbed.slices.keys()
-    first = next(json.loads(line) for line in only_run(tmp_path).metrics.open() if '"eval"' in line)
+    first = metrics_of(only_run(tmp_path), "eval")[0]
     assert first["loss"] < 1.0  # it begins where its parent ended
 
 
@@ -184,32 +191,55 @@ def test_a_parent_is_continued_with_its_selection(
     [
         ({"model": {"name_or_path": "./modles/x"}}, "modles/x"),
         ({"data": {"train": "missing.jsonl"}}, "missing.jsonl"),
-        ({"optim": {"learning_rate": 1}}, "did you mean"),
+        ({"optim": {"warmup_step": 1}}, "did you mean warmup_steps?"),
         ({"method": {"budgets": {"o": 1.5}}}, "less than or equal to 1"),
-        ({"parallel": {"num_workers": 8}}, "8 workers of CPU 1 never fit: the cluster has"),
-        ({"checkpoint": {"storage_path": "/dev/null/runs"}}, "/dev/null/runs can't be written"),
         ({"parallel": {"sharding": "hybrid"}}, "take auto, replicate or full"),
         ({"registry": {"parent": "acme.nobody"}}, "acme.nobody"),
     ],
 )
 def test_bad_input_is_one_clear_line_and_exit_code_2(
+    tmp_path: Path,
+    changes: dict[str, Any],
+    expected: str,
+    capfd: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("S2FT_HOME", str(tmp_path / "home"))
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    sections = {**changes, "optim": {"max_steps": 2, **changes.get("optim", {})}}
+    code = main(["--config", str(write_config(tmp_path, **sections)), "--dry-run"])
+    assert_one_fault(code, capfd.readouterr().err, expected)
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({"parallel": {"num_workers": 8}}, "8 workers of CPU 1 never fit: the cluster has"),
+        ({"checkpoint": {"storage_path": "/dev/null/runs"}}, "/dev/null/runs can't be written"),
+    ],
+)
+def test_what_the_cluster_can_not_do_is_told_before_a_worker_starts(
     node: Node, tmp_path: Path, changes: dict[str, Any], expected: str
 ) -> None:
-    sections = {
-        **changes,
-        "optim": {"max_steps": 2, "global_batch_size": 16, "micro_batch_size": 2},
-    }
-    sections["optim"] |= changes.get("optim", {})
-    done = finetune(node.env, "--config", str(write_config(tmp_path, **sections)))
-    assert done.returncode == 2, done.stdout + done.stderr
-    faults = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
-    assert len(faults) == 1, done.stderr
-    assert expected in faults[0]
-    assert "Traceback" not in done.stderr + done.stdout
+    config = write_config(
+        tmp_path, optim={"global_batch_size": 16, "micro_batch_size": 2}, **changes
+    )
+    done = finetune(node.env, "--config", str(config))
+    assert_one_fault(done.returncode, done.stderr, expected)
     assert not list(tmp_path.glob("runs/*/*/*/adapter"))
 
 
-def test_an_unsupported_architecture_says_what_is_supported(node: Node, tmp_path: Path) -> None:
+def assert_one_fault(code: int, stderr: str, expected: str) -> None:
+    assert code == 2, stderr
+    faults = [line for line in stderr.splitlines() if line.startswith("error: ")]
+    assert len(faults) == 1, stderr
+    assert expected in faults[0]
+    assert "Traceback" not in stderr
+
+
+def test_an_unsupported_architecture_says_what_is_supported(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
     from transformers import GPT2Config, GPT2LMHeadModel
 
     from s2ft_ray.bases import load_tokenizer
@@ -218,13 +248,20 @@ def test_an_unsupported_architecture_says_what_is_supported(node: Node, tmp_path
     base = tmp_path / "gpt2"
     tokenizer = load_tokenizer(ModelConfig())
     GPT2LMHeadModel(
-        GPT2Config(vocab_size=len(tokenizer), n_embd=8, n_layer=1, n_head=2)
+        GPT2Config(
+            vocab_size=len(tokenizer),
+            n_embd=8,
+            n_layer=1,
+            n_head=2,
+            bos_token_id=1,
+            eos_token_id=2,
+        )
     ).save_pretrained(base)
     tokenizer.save_pretrained(base)
     config = write_config(tmp_path, model={"name_or_path": str(base)})
-    done = finetune(node.env, "--config", str(config), "--dry-run")
-    assert done.returncode == 2
-    assert "'gpt2' is not supported; supported are llama, mistral, qwen2, qwen3" in done.stderr
+    code = main(["--config", str(config), "--dry-run"])
+    known = "'gpt2' is not supported; supported are llama, mistral, qwen2, qwen3"
+    assert_one_fault(code, capfd.readouterr().err, known)
 
 
 @pytest.mark.skipif(not SHARED.exists(), reason="../shared (a real model and data) is absent")
@@ -264,7 +301,7 @@ def test_a_real_model_learns_word_problems_and_both_modes_agree(node: Node, tmp_
         made[mode] = only_run(folder)
     adapters = {mode: Adapter.load(run.adapter) for mode, run in made.items()}
     assert adapters["replicate"].fingerprint == adapters["full"].fingerprint
-    evals = [json.loads(line) for line in made["full"].metrics.open() if '"eval"' in line]
+    evals = metrics_of(made["full"], "eval")
     assert evals[0]["loss"] == pytest.approx(4.27, abs=0.4)
     assert evals[-1]["loss"] < 0.65 * evals[0]["loss"]
     os.environ["MLFLOW_TRACKING_URI"] = node.env["MLFLOW_TRACKING_URI"]
