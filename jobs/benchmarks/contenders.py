@@ -20,6 +20,7 @@ from s2ft_ray.method import convert
 
 WIDE = ["q_proj", "k_proj", "v_proj", "up_proj", "down_proj"]
 NARROW = ["o_proj", "down_proj"]
+DROPOUT = 0.05
 
 
 @dataclass(frozen=True)
@@ -32,26 +33,25 @@ class Contender:
 
 
 def contenders(dtype: torch.dtype) -> list[Contender]:
-    """Return S2FT first, then what it is compared with."""
-    lora = [
-        Contender("LoRA q k v up down", lambda model, size: _lora(model, size, WIDE)),
-        Contender("LoRA o down", lambda model, size: _lora(model, size, NARROW)),
-    ]
-    if dtype != torch.float32:
-        # peft keeps adapters of a bf16 base in fp32, as S2FT does its slices; this is without.
-        lora.append(
-            Contender(
-                "LoRA q k v up down, all bf16",
-                lambda model, size: _lora(model, size, WIDE, fp32_adapters=False),
-            )
-        )
-    return [
+    """Return S2FT first, then what it is compared with.
+
+    peft's own defaults (no dropout, adapters of a bf16 base in fp32, as S2FT's slices are) come
+    beside the dropout that LoRA's and DoRA's published recipes for these targets use, and beside
+    adapters in bf16.
+    """
+    everyone = [
         Contender("S2FT o down", lambda model, _: _s2ft(model)),
         Contender("limit: frozen weights", lambda model, _: _limit(model)),
-        *lora,
-        Contender("DoRA q k v up down", lambda model, size: _lora(model, size, WIDE, dora=True)),
+        _lora("LoRA q k v up down", WIDE),
+        _lora("LoRA q k v up down, dropout", WIDE, dropout=True),
+        _lora("LoRA o down", NARROW),
+        _lora("DoRA q k v up down", WIDE, dora=True),
+        _lora("DoRA q k v up down, dropout", WIDE, dora=True, dropout=True),
         Contender("full fine-tuning", lambda model, _: model.requires_grad_(True)),
     ]
+    if dtype != torch.float32:
+        everyone.insert(4, _lora("LoRA q k v up down, all bf16", WIDE, fp32_adapters=False))
+    return everyone
 
 
 def build_model(
@@ -86,16 +86,25 @@ def _limit(model: PreTrainedModel) -> nn.Module:
 
 
 def _lora(
-    model: PreTrainedModel,
-    size: int,
+    name: str,
     targets: list[str],
     *,
     dora: bool = False,
+    dropout: bool = False,
     fp32_adapters: bool = True,
-) -> nn.Module:
-    rank = lora_rank(model, size, targets, dora=dora)
-    config = LoraConfig(r=rank, lora_alpha=rank, target_modules=targets, use_dora=dora)
-    return get_peft_model(model, config, autocast_adapter_dtype=fp32_adapters)
+) -> Contender:
+    def attach(model: PreTrainedModel, size: int) -> nn.Module:
+        rank = lora_rank(model, size, targets, dora=dora)
+        config = LoraConfig(
+            r=rank,
+            lora_alpha=rank,
+            lora_dropout=DROPOUT if dropout else 0.0,
+            target_modules=targets,
+            use_dora=dora,
+        )
+        return get_peft_model(model, config, autocast_adapter_dtype=fp32_adapters)
+
+    return Contender(name, attach)
 
 
 def lora_rank(model: nn.Module, size: int, targets: list[str], *, dora: bool) -> int:

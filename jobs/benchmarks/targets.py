@@ -13,6 +13,7 @@ class Target:
 
 
 WIDE_LORA, DORA, FULL = "LoRA q k v up down", "DoRA q k v up down", "full fine-tuning"
+WIDE_LORA_DROPOUT, DORA_DROPOUT = f"{WIDE_LORA}, dropout", f"{DORA}, dropout"
 LIMIT = "limit: frozen weights"
 
 # Reached by a sketch on two idle CPU cores.
@@ -20,13 +21,17 @@ _SMALL = {
     "fp32": {
         LIMIT: Target(seconds=1.05),
         WIDE_LORA: Target(seconds=0.76, kept_bytes=0.75),
+        WIDE_LORA_DROPOUT: Target(seconds=0.76, kept_bytes=0.75),
         DORA: Target(seconds=0.47),
+        DORA_DROPOUT: Target(seconds=0.47),
         FULL: Target(seconds=0.67),
     },
     "bf16": {
         LIMIT: Target(seconds=1.05),
         WIDE_LORA: Target(seconds=0.70, kept_bytes=0.57),
+        WIDE_LORA_DROPOUT: Target(seconds=0.70, kept_bytes=0.57),
         DORA: Target(seconds=0.47),
+        DORA_DROPOUT: Target(seconds=0.47),
         FULL: Target(seconds=0.59),
     },
 }
