@@ -63,7 +63,7 @@ def run(arguments: argparse.Namespace) -> None:
     if warning:
         print(warning)
     plain, in_ray = results = [Result("plain loop", _train_plain), Result("Ray Train", _train_ray)]
-    with tempfile.TemporaryDirectory(prefix="s2ft-bench-") as folder:
+    with tempfile.TemporaryDirectory(prefix="s2ft-", ignore_cleanup_errors=True) as folder:
         config = build_run(Path(folder), arguments)
         for _ in range(arguments.rounds):
             for result in results:
@@ -171,7 +171,13 @@ def _plain_process(path: Path, threads: int) -> None:
 
 
 def _train_ray(created: RunFolder, config: RunConfig, threads: int) -> None:
-    ray.init(address="local", num_cpus=threads, include_dashboard=False, log_to_driver=False)
+    ray.init(
+        address="local",
+        num_cpus=threads,
+        include_dashboard=False,
+        log_to_driver=False,
+        _temp_dir=str(created.path.parents[3] / "ray"),
+    )
     try:
         train_with_ray(created, config.parallel)
     finally:
