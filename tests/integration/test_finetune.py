@@ -89,8 +89,8 @@ def train_workers(node: Node) -> list[psutil.Process]:
 
 
 @pytest.fixture(scope="module")
-def undisturbed(node: Node, tmp_path_factory: pytest.TempPathFactory) -> Adapter:
-    """The adapter of the small run when nothing happens to it, by `ray job submit`."""
+def undisturbed(node: Node, tmp_path_factory: pytest.TempPathFactory) -> RunFolder:
+    """The small run when nothing happens to it, by `ray job submit`."""
     folder = tmp_path_factory.mktemp("undisturbed")
     config = write_config(folder, optim={"max_steps": 40})
     command = ["ray", "job", "submit", "--working-dir", str(REPO), "--"]
@@ -105,19 +105,25 @@ def undisturbed(node: Node, tmp_path_factory: pytest.TempPathFactory) -> Adapter
     assert "step 40/40  loss" in done.stdout
     assert "tokens/s" in done.stdout
     assert "registered acme.parity version" in done.stdout
-    return Adapter.load(only_run(folder).adapter)
+    return only_run(folder)
+
+
+def fingerprint(run: RunFolder) -> str:
+    return Adapter.load(run.adapter).fingerprint
 
 
 def test_full_sharding_gives_the_same_adapter(
-    node: Node, undisturbed: Adapter, tmp_path: Path
+    node: Node, undisturbed: RunFolder, tmp_path: Path
 ) -> None:
     config = write_config(tmp_path, optim={"max_steps": 40}, parallel={"sharding": "full"})
     done = finetune(node.env, "--config", str(config))
     assert done.returncode == 0, done.stderr
-    assert Adapter.load(only_run(tmp_path).adapter).fingerprint == undisturbed.fingerprint
+    assert fingerprint(only_run(tmp_path)) == fingerprint(undisturbed)
 
 
-def test_a_killed_worker_changes_nothing(node: Node, undisturbed: Adapter, tmp_path: Path) -> None:
+def test_a_killed_worker_changes_nothing(
+    node: Node, undisturbed: RunFolder, tmp_path: Path
+) -> None:
     config = write_config(tmp_path, optim={"max_steps": 40})
     job = subprocess.Popen(
         [sys.executable, "jobs/finetune.py", "--config", str(config)], cwd=REPO, env=node.env
@@ -127,14 +133,14 @@ def test_a_killed_worker_changes_nothing(node: Node, undisturbed: Adapter, tmp_p
     assert len(workers) == 2
     workers[0].kill()
     assert job.wait(240) == 0
-    assert Adapter.load(run.adapter).fingerprint == undisturbed.fingerprint
+    assert fingerprint(run) == fingerprint(undisturbed)
     starts = metrics_of(run, "start")
     assert len(starts) == 2
     assert starts[1]["step"] >= 8
 
 
 def test_a_killed_driver_is_resumed_to_the_same_adapter(
-    node: Node, undisturbed: Adapter, tmp_path: Path
+    node: Node, undisturbed: RunFolder, tmp_path: Path
 ) -> None:
     config = write_config(tmp_path, optim={"max_steps": 40})
     job = subprocess.Popen(
@@ -147,7 +153,7 @@ def test_a_killed_driver_is_resumed_to_the_same_adapter(
     done = finetune(node.env, "--resume", str(run.path))
     assert done.returncode == 0, done.stderr
     assert "resumed after step" in done.stdout
-    assert Adapter.load(run.adapter).fingerprint == undisturbed.fingerprint
+    assert fingerprint(run) == fingerprint(undisturbed)
     again = finetune(node.env, "--resume", str(run.path))
     assert again.returncode == 0, again.stderr
     last_line = done.stdout.strip().splitlines()[-1]
@@ -156,7 +162,7 @@ def test_a_killed_driver_is_resumed_to_the_same_adapter(
 
 
 def test_without_mlflow_the_run_trains_and_is_registered_later(
-    node: Node, undisturbed: Adapter, tmp_path: Path
+    node: Node, undisturbed: RunFolder, tmp_path: Path
 ) -> None:
     config = write_config(tmp_path, optim={"max_steps": 40})
     env = {**node.env, "MLFLOW_TRACKING_URI": "http://127.0.0.1:9"}
@@ -164,14 +170,14 @@ def test_without_mlflow_the_run_trains_and_is_registered_later(
     assert done.returncode == 1
     assert "trained but not registered" in done.stderr
     run = only_run(tmp_path)
-    assert Adapter.load(run.adapter).fingerprint == undisturbed.fingerprint
+    assert fingerprint(run) == fingerprint(undisturbed)
     resumed = finetune(node.env, "--resume", str(run.path))
     assert resumed.returncode == 0, resumed.stderr
     assert "registered acme.parity version" in resumed.stdout
 
 
 def test_a_parent_is_continued_with_its_selection(
-    node: Node, undisturbed: Adapter, tmp_path: Path
+    node: Node, undisturbed: RunFolder, tmp_path: Path
 ) -> None:
     config = write_config(tmp_path, registry={"parent": "acme.parity"}, name="child")
     document = yaml.safe_load(config.read_text())
@@ -179,11 +185,12 @@ def test_a_parent_is_continued_with_its_selection(
     config.write_text(yaml.safe_dump(document))
     done = finetune(node.env, "--config", str(config))
     assert done.returncode == 0, done.stderr
-    child = Adapter.load(only_run(tmp_path).adapter)
-    assert child.config == undisturbed.config
-    assert child.slices.keys() == undisturbed.slices.keys()
+    child, parent = Adapter.load(only_run(tmp_path).adapter), Adapter.load(undisturbed.adapter)
+    assert child.config == parent.config
+    assert child.slices.keys() == parent.slices.keys()
     first = metrics_of(only_run(tmp_path), "eval")[0]
-    assert first["loss"] < 1.0  # it begins where its parent ended
+    last = metrics_of(undisturbed, "eval")[-1]
+    assert first["loss"] == pytest.approx(last["loss"], rel=1e-5)  # it begins where that ended
 
 
 @pytest.mark.parametrize(
@@ -284,10 +291,10 @@ def test_a_real_model_learns_word_problems_and_both_modes_agree(node: Node, tmp_
                 "invalid_rows": "drop",
             },
             method={"budgets": {"o": 0.25, "down": 0.25}},
-            optim={"lr": 1e-2, "max_steps": 60, "global_batch_size": 16, "micro_batch_size": 8},
+            optim={"lr": 1e-2, "max_steps": 40, "global_batch_size": 16, "micro_batch_size": 8},
             parallel={"sharding": mode},
-            evaluation={"every_steps": 60},
-            checkpoint={"every_steps": 30},
+            evaluation={"every_steps": 40, "num_samples": 0},
+            checkpoint={"every_steps": 20},
         )
         command = ["ray", "job", "submit", "--working-dir", str(REPO), "--"]
         done = subprocess.run(
@@ -303,11 +310,11 @@ def test_a_real_model_learns_word_problems_and_both_modes_agree(node: Node, tmp_
     assert adapters["replicate"].fingerprint == adapters["full"].fingerprint
     evals = metrics_of(made["full"], "eval")
     assert evals[0]["loss"] == pytest.approx(4.27, abs=0.4)
-    assert evals[-1]["loss"] < 0.65 * evals[0]["loss"]
+    assert evals[-1]["loss"] < 0.7 * evals[0]["loss"]
     os.environ["MLFLOW_TRACKING_URI"] = node.env["MLFLOW_TRACKING_URI"]
     try:
         model = mlflow.pyfunc.load_model("models:/acme.math@champion")
         (answer,) = model.predict(["Tom had 3 pens. He got 4 more. How many pens has he?"])
     finally:
         del os.environ["MLFLOW_TRACKING_URI"]
-    assert "The answer is" in answer
+    assert answer.startswith("A: ")  # as the worked answers begin; the base tells a story
