@@ -28,7 +28,8 @@ from s2ft_ray.config import S2FTConfig
 from s2ft_ray.method import convert
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
-VOCAB_SIZE = 4096
+# 32,000 would be a third of the small shape's work, the same for every contender.
+VOCAB_SIZES = {"small": 4096, "7b": 32000}
 # Heads, key-value heads, size of a head, intermediate channels.
 SHAPES = {"small": (12, 4, 64, 2048), "7b": (32, 32, 128, 11008)}
 DEFAULT_LAYERS = {"small": 8, "7b": 32}
@@ -104,7 +105,7 @@ def build_config(shape: str, layers: int | None, width: int | None) -> LlamaConf
     if width % (heads // kv_heads * head_dim):
         raise SystemExit(f"--width {width}: no multiple of {heads // kv_heads * head_dim}")
     return LlamaConfig(
-        vocab_size=VOCAB_SIZE,
+        vocab_size=VOCAB_SIZES[shape],
         hidden_size=width,
         intermediate_size=intermediate * width // default_width,
         num_hidden_layers=layers or DEFAULT_LAYERS[shape],
@@ -219,7 +220,7 @@ def _prepare(case: Case, contender: Contender, size: int) -> TrainingStep:
     model = contender.attach(_fresh_model(case), size)
     generator = torch.Generator().manual_seed(1)
     shape = (case.rows, case.tokens)
-    input_ids = torch.randint(VOCAB_SIZE, shape, generator=generator).to(case.device)
+    input_ids = torch.randint(case.model_config.vocab_size, shape, generator=generator).to(case.device)
     return TrainingStep(model, build_optimizer(model), input_ids)
 
 
