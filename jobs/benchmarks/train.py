@@ -28,7 +28,7 @@ from s2ft_ray.config import S2FTConfig
 from s2ft_ray.method import convert
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
-# 32,000 would be a third of the small shape's work, the same for every contender.
+# A third of the small shape's work would be a vocabulary of 32,000, the same for everybody.
 VOCAB_SIZES = {"small": 4096, "7b": 32000}
 # Heads, key-value heads, size of a head, intermediate channels.
 SHAPES = {"small": (12, 4, 64, 2048), "7b": (32, 32, 128, 11008)}
@@ -220,7 +220,8 @@ def _prepare(case: Case, contender: Contender, size: int) -> TrainingStep:
     model = contender.attach(_fresh_model(case), size)
     generator = torch.Generator().manual_seed(1)
     shape = (case.rows, case.tokens)
-    input_ids = torch.randint(case.model_config.vocab_size, shape, generator=generator).to(case.device)
+    vocab_size = case.model_config.vocab_size
+    input_ids = torch.randint(vocab_size, shape, generator=generator).to(case.device)
     return TrainingStep(model, build_optimizer(model), input_ids)
 
 
