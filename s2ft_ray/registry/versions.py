@@ -10,6 +10,7 @@ alias back from what was promoted since.
 
 import logging
 import tempfile
+import threading
 import time
 import warnings
 from collections.abc import Callable, Mapping
@@ -38,6 +39,7 @@ log = logging.getLogger(__name__)
 LOADER_MODULE = "s2ft_ray.registry.pyfunc"
 ALIAS_TAG = "s2ft.alias"  # on a version: the alias that its registration has set
 _PAUSES_S = (1.0, 4.0, 10.0)
+_FILTERS = threading.Lock()  # catch_warnings sets the whole process's filters: one at a time
 
 
 @dataclass(frozen=True)
@@ -209,7 +211,7 @@ def model_signature() -> ModelSignature:
 def _save_model(
     path: Path, folder: Path, run_id: str, model: LoggedModel, tags: Mapping[str, str]
 ) -> None:
-    with warnings.catch_warnings():
+    with _FILTERS, warnings.catch_warnings():
         # An example would have MLflow load the base and generate, to check a signature we know.
         warnings.filterwarnings("ignore", message=".*input example was not provided")
         mlflow.pyfunc.save_model(
