@@ -89,6 +89,22 @@ def local_folder(model: ModelConfig, *, weights: bool) -> Path:
     return folder
 
 
+def find_folder(name_or_path: str, revision: str | None = None) -> Path | None:
+    """Return the folder of a base whose files are on this machine already, else None."""
+    try:
+        base = resolve_base(name_or_path)
+        if os.path.isabs(base):
+            return Path(base)
+        patterns = SETTINGS_FILES + WEIGHT_FILES
+        return Path(
+            snapshot_download(
+                base, revision=revision, allow_patterns=patterns, local_files_only=True
+            )
+        )
+    except (ConfigError, LocalEntryNotFoundError):
+        return None
+
+
 def _download(model: ModelConfig, *, weights: bool) -> Path:
     name, revision = model.name_or_path, model.revision
     label = f"model.name_or_path: {name}"

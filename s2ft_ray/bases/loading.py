@@ -4,6 +4,7 @@ Invariant: what is returned is whole. A model with a weight missing, of another 
 damaged is a ConfigError, never a model with random parts; nothing is read from a pickle.
 """
 
+import logging
 from pathlib import Path
 
 import jinja2
@@ -19,9 +20,11 @@ from transformers import (
 from transformers.utils import logging as transformers_logging
 
 from s2ft_ray.bases.folders import base_name, local_folder
+from s2ft_ray.bases.mapped import map_base_model
 from s2ft_ray.config import ModelConfig
 from s2ft_ray.errors import ConfigError
 
+logger = logging.getLogger(__name__)
 # What transformers raises for files that are damaged, foreign, or need what isn't installed.
 LOAD_ERRORS = (OSError, ValueError, KeyError, TypeError, RuntimeError, ImportError)
 TRIAL_TURNS = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
@@ -40,10 +43,36 @@ def load_model_config(model: ModelConfig) -> PretrainedConfig:
     return config
 
 
-def load_base_model(model: ModelConfig) -> PreTrainedModel:
-    """Load the base on the CPU, in eval mode, named as ``base_name`` says."""
+def load_base_model(model: ModelConfig, *, mapped: bool = False) -> PreTrainedModel:
+    """Load the base on the CPU, in eval mode, named as ``base_name`` says.
+
+    With `mapped` its weights stay in their files where they can (see ``mapped``): for a base
+    that is sharded next.
+    """
     folder = local_folder(model, weights=True)
     config = load_model_config(model)
+    base = _map(folder, config, model) if mapped else None
+    if base is None:
+        base = _load(folder, config, model)
+    base.name_or_path = base.config._name_or_path = base_name(model.name_or_path)
+    return base.eval()
+
+
+def _map(folder: Path, config: PretrainedConfig, model: ModelConfig) -> PreTrainedModel | None:
+    try:
+        base = map_base_model(folder, config, model)
+    except (*LOAD_ERRORS, SafetensorError) as error:
+        raise _fault(model, "its weights can't be loaded", error) from error
+    if base is None:
+        logger.info(
+            "the weights of %s are loaded whole before they are sharded: their dtype or names in"
+            " the files are not the run's",
+            model.name_or_path,
+        )
+    return base
+
+
+def _load(folder: Path, config: PretrainedConfig, model: ModelConfig) -> PreTrainedModel:
     bars = transformers_logging.is_progress_bar_enabled()
     transformers_logging.disable_progress_bar()  # else one bar per worker in the job's log
     try:
@@ -68,8 +97,8 @@ def load_base_model(model: ModelConfig) -> PreTrainedModel:
             f"model.name_or_path: {model.name_or_path} lacks {len(missing)} weights of its"
             f" architecture, among them {missing[0]}; get the whole checkpoint"
         )
-    base.name_or_path = base.config._name_or_path = base_name(model.name_or_path)
-    return base.eval()
+    loaded_base: PreTrainedModel = base
+    return loaded_base
 
 
 def load_tokenizer(model: ModelConfig, chat_template: str | None = None) -> PreTrainedTokenizerBase:

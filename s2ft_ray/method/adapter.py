@@ -14,7 +14,7 @@ from typing import Any
 from torch import nn
 
 from s2ft_ray.config import S2FTConfig
-from s2ft_ray.method import adapter_files, switching
+from s2ft_ray.method import adapter_files, merged_export, peft_export, switching
 from s2ft_ray.method.fingerprint import fingerprint_slices
 from s2ft_ray.method.parts import AdapterSlice, BaseInfo
 
@@ -61,14 +61,23 @@ class Adapter:
         """Put back, bitwise, what the adapter replaced. AdapterError unless it was the last in."""
         switching.switch_out(model, self)
 
-    def export_merged(self, model: nn.Module, path: str | Path) -> None:
-        """Save the model with this adapter in as a plain Hugging Face checkpoint.
+    def export_peft(self, path: str | Path, uniform_rank: bool = False) -> None:
+        """Write the adapter as a LoRA directory for PEFT, vLLM, SGLang or Ray Serve LLM.
 
-        `model` must have ``save_pretrained``; it is afterwards as it was before.
+        Exact: the product of its factors is the delta. `uniform_rank` pads every module to the
+        largest rank, for consumers that read none of ``rank_pattern``. AdapterError above rank
+        512, which those don't take: use `export_merged`.
         """
-        self.switch_into(model)
-        try:
-            plain: Any = switching.plain_model(model)
-            plain.save_pretrained(path)
-        finally:
-            self.switch_out(model)
+        peft_export.write_peft(self, Path(path), uniform_rank=uniform_rank)
+
+    def export_merged(self, model: nn.Module | str | Path, path: str | Path) -> None:
+        """Write a plain Hugging Face checkpoint of the base with this adapter in.
+
+        `model` is the loaded base, which must have ``save_pretrained`` and is afterwards as it was
+        before, or the base's own folder: then nothing is loaded, one matrix is in memory at a
+        time, and the tokenizer comes along. AdapterError where it isn't the adapter's base.
+        """
+        if isinstance(model, nn.Module):
+            merged_export.save_merged(self, model, Path(path))
+        else:
+            merged_export.merge_files(self, Path(model), Path(path))

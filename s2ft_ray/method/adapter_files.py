@@ -40,10 +40,7 @@ def write(adapter: "Adapter", folder: Path) -> None:
         "format_version": FORMAT_VERSION,
         "base": asdict(adapter.base),
         "config": adapter.config.model_dump(mode="json"),
-        "modules": {
-            name: {"side": part.side, "count": len(part.indices)}
-            for name, part in adapter.slices.items()
-        },
+        "modules": {name: _describe(part) for name, part in adapter.slices.items()},
         "training": adapter.training,
         "fingerprint": adapter.fingerprint,
     }
@@ -53,7 +50,7 @@ def write(adapter: "Adapter", folder: Path) -> None:
         tensors[f"{name}.delta"] = part.delta.contiguous()
     text = json.dumps(document, indent=2, allow_nan=False) + "\n"
     folder.mkdir(parents=True, exist_ok=True)
-    _replace_files(
+    replace_files(
         folder,
         {
             TENSORS_NAME: safetensors.torch.save(tensors, metadata={"format": "pt"}),
@@ -70,7 +67,13 @@ def read(folder: Path) -> tuple[dict[str, AdapterSlice], BaseInfo, S2FTConfig, d
     tensors = _read_tensors(folder / TENSORS_NAME)
     _raise_faults(folder / TENSORS_NAME, _check_tensors(modules, tensors))
     slices = {
-        name: AdapterSlice(entry["side"], tensors[f"{name}.indices"], tensors[f"{name}.delta"])
+        name: AdapterSlice(
+            entry["side"],
+            tensors[f"{name}.indices"],
+            tensors[f"{name}.delta"],
+            entry.get("size"),
+            entry.get("transposed", False),
+        )
         for name, entry in modules.items()
     }
     fingerprint = fingerprint_slices(slices, base.fingerprint)
@@ -82,7 +85,12 @@ def read(folder: Path) -> tuple[dict[str, AdapterSlice], BaseInfo, S2FTConfig, d
     return slices, base, config, document.get("training", {})
 
 
-def _replace_files(folder: Path, contents: dict[str, bytes]) -> None:
+def _describe(part: AdapterSlice) -> dict[str, Any]:
+    entry = {"side": part.side, "count": part.count, "size": part.size}
+    return {**entry, "transposed": True} if part.transposed else entry
+
+
+def replace_files(folder: Path, contents: dict[str, bytes]) -> None:
     """Write all files beside their places, then rename them in order."""
     written: list[tuple[str, str]] = []
     try:
@@ -156,10 +164,20 @@ def _parse_modules(folder: Path, document: dict[str, Any]) -> dict[str, dict[str
         raise AdapterError(f"{path}: modules is not an object with at least one module")
     for name, entry in modules.items():
         match entry:
-            case {"side": "in" | "out", "count": int() as count} if count > 0:
+            case {"side": "in" | "out", "count": int() as count} if count > 0 and _is_size(
+                entry.get("size"), count
+            ):
                 continue
-        raise AdapterError(f"{path}: modules.{name} is not {{side: in | out, count: 1 or more}}")
+        raise AdapterError(
+            f"{path}: modules.{name} is not {{side: in | out, count: 1 or more, size: count or"
+            " more}"
+        )
     return modules
+
+
+def _is_size(size: object, count: int) -> bool:
+    # Not in the fingerprint, so it may be missing, but never smaller than what it holds.
+    return size is None or (type(size) is int and size >= count)
 
 
 def _read_tensors(path: Path) -> dict[str, Tensor]:
@@ -182,27 +200,37 @@ def _check_tensors(modules: dict[str, dict[str, Any]], tensors: dict[str, Tensor
         indices, delta = tensors.get(f"{name}.indices"), tensors.get(f"{name}.delta")
         if indices is None or delta is None:
             continue
-        if fault := _check_indices(indices, entry["count"]):
+        if fault := _check_indices(indices, entry["count"], entry.get("size")):
             yield f"{name}.indices {fault}"
-        if fault := _check_delta(delta, entry["side"], entry["count"]):
+        if fault := _check_delta(delta, entry["side"], indices):
             yield f"{name}.delta {fault}"
 
 
-def _check_indices(indices: Tensor, count: int) -> str | None:
+def _check_indices(indices: Tensor, count: int, size: int | None) -> str | None:
     if indices.dtype != torch.int32:
         return f"is {indices.dtype}, not int32"
-    if list(indices.shape) != [count]:
-        return f"has shape {list(indices.shape)}, {CONFIG_NAME} says [{count}]"
-    if int(indices[0]) < 0 or bool((indices.diff() <= 0).any()):
+    if indices.dim() not in (1, 2) or indices.shape[-1] != count or not len(indices):
+        shape = f"[{count}], or [experts, {count}]"
+        return f"has shape {list(indices.shape)}, {CONFIG_NAME} says {shape}"
+    if int(indices.min()) < 0 or bool((indices.diff() <= 0).any()):
         return "is not ascending from 0 on, each index once"
+    if size is not None and int(indices.max()) >= size:
+        return f"has index {int(indices.max())}, {CONFIG_NAME} says a weight of {size}"
     return None
 
 
-def _check_delta(delta: Tensor, side: str, count: int) -> str | None:
+def _check_delta(delta: Tensor, side: str, indices: Tensor) -> str | None:
     if delta.dtype != torch.float32:
         return f"is {delta.dtype}, not float32"
-    if delta.dim() != 2 or delta.shape[1 if side == "in" else 0] != count:
-        shape = f"[out, {count}]" if side == "in" else f"[{count}, in]"
+    *experts, count = indices.shape
+    along = -1 if side == "in" else -2
+    if (
+        delta.dim() != indices.dim() + 1
+        or list(delta.shape[:-2]) != experts
+        or delta.shape[along] != count
+    ):
+        expected = [*experts, "out", count] if side == "in" else [*experts, count, "in"]
+        shape = f"[{', '.join(map(str, expected))}]"
         return f"has shape {list(delta.shape)}, {CONFIG_NAME} says {shape}"
     if not bool(delta.isfinite().all()):
         return "holds NaN or infinity"

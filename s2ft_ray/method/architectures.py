@@ -1,134 +1,235 @@
-"""Which model families can be converted, and where each keeps its seven projections.
+"""Which model families can be converted, and where each keeps its projections.
 
-Invariant: a `Decoder` that exists fits its model: every projection is a Linear whose weight has
-the shape that the configuration's heads and channels say. A new family is one entry in the table.
+A family is one entry of the table at the end, keyed by its configuration's model_type. What an
+entry says is checked against each model by `Decoder`, so that a wrong one is an error, and no
+model is converted by a guess.
 """
 
-from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any
-
-from torch import nn
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
 
 from s2ft_ray.config import Projection
 from s2ft_ray.errors import ConfigError
 
+Structure = Literal["heads", "channels", "expert_channels", "shared_channels"]
+"""What a layer's projections are coupled through: attention heads, the channels of a dense
+feed-forward block, of each routed expert, or of the expert that every token passes."""
+
+
+def _everywhere(_hf_config: Any, _layer: int) -> bool:
+    return True
+
+
+@dataclass(frozen=True)
+class FeedForward:
+    """One block of coupled channels. Paths are relative to the layer, like attention's."""
+
+    projections: Mapping[Projection, str]
+    structure: Structure = "channels"
+    size: str = "intermediate_size"
+    """The configuration's name for the number of channels; None there means 4 x hidden_size."""
+    num_experts: str | None = None
+    """The configuration's name for the number of experts; their projections are 3-D parameters."""
+    exists: Callable[[Any, int], bool] = _everywhere
+    """Whether a layer of a configuration has the block."""
+    files: Mapping[Projection, str] = field(default_factory=dict)
+    """Where checkpoints keep each expert's own matrix; ``{}`` stands for its number."""
+
+
+@dataclass(frozen=True)
+class Files:
+    """How the names in a family's checkpoints differ from the loaded model's."""
+
+    prefix: str = ""
+    """What some checkpoints leave out of every name but lm_head's."""
+    renamed: Mapping[str, str] = field(default_factory=dict)
+    """Parts of names, and what they are in the model."""
+    ignored: tuple[str, ...] = ("rotary_emb.inv_freq",)
+    """Endings of names that are no parameters: buffers that older versions saved."""
+
+    def model_name(self, name: str) -> str:
+        """Return a tensor's name with the renamed parts replaced."""
+        for old, new in self.renamed.items():
+            name = name.replace(old, new)
+        return name
+
 
 @dataclass(frozen=True)
 class Architecture:
-    """Module paths: the list of decoder layers in the model, the projections in a layer."""
+    """Where a family keeps its projections.
+
+    Projections that name one module are fused in it: first all rows of the one that comes first
+    in the mapping, then the next one's; or, `interleaved`, the rows of each head in that order.
+    """
 
     layers: str
-    projections: Mapping[Projection, str]
+    """The path of the list of decoder layers in the model."""
+    attention: Mapping[Projection, str]
+    feed_forward: tuple[FeedForward, ...]
+    interleaved: bool = False
+    norms: Mapping[Projection, str] = field(default_factory=dict)
+    """Norms as wide as the projection that they follow. One of head_dim is none of these."""
+    masks_by_position: bool = True
+    """Whether its attention mask follows position_ids: what keeps packed rows apart."""
+    files: Files = Files()
 
 
-_LLAMA = Architecture(
-    layers="model.layers",
-    projections={
-        "q": "self_attn.q_proj",
-        "k": "self_attn.k_proj",
-        "v": "self_attn.v_proj",
-        "o": "self_attn.o_proj",
-        "up": "mlp.up_proj",
-        "gate": "mlp.gate_proj",
-        "down": "mlp.down_proj",
+def _is_sparse(hf_config: Any, layer: int) -> bool:
+    """Tell which layers of Qwen's mixtures have experts."""
+    step: int = hf_config.decoder_sparse_step
+    return (
+        layer not in (hf_config.mlp_only_layers or ())
+        and hf_config.num_experts > 0
+        and (layer + 1) % step == 0
+    )
+
+
+def _is_dense(hf_config: Any, layer: int) -> bool:
+    return not _is_sparse(hf_config, layer)
+
+
+_ATTENTION: dict[Projection, str] = {
+    "q": "self_attn.q_proj",
+    "k": "self_attn.k_proj",
+    "v": "self_attn.v_proj",
+    "o": "self_attn.o_proj",
+}
+_GATED: dict[Projection, str] = {
+    "up": "mlp.up_proj",
+    "gate": "mlp.gate_proj",
+    "down": "mlp.down_proj",
+}
+_EXPERTS: dict[Projection, str] = {
+    "gate": "mlp.experts.gate_up_proj",
+    "up": "mlp.experts.gate_up_proj",
+    "down": "mlp.experts.down_proj",
+}
+_SHARED: dict[Projection, str] = {
+    "up": "mlp.shared_expert.up_proj",
+    "gate": "mlp.shared_expert.gate_proj",
+    "down": "mlp.shared_expert.down_proj",
+}
+_QWEN_DENSE = FeedForward(_GATED, exists=_is_dense)
+_QWEN_EXPERTS = FeedForward(
+    _EXPERTS,
+    "expert_channels",
+    "moe_intermediate_size",
+    "num_experts",
+    exists=_is_sparse,
+    files={
+        "gate": "mlp.experts.{}.gate_proj",
+        "up": "mlp.experts.{}.up_proj",
+        "down": "mlp.experts.{}.down_proj",
     },
 )
+_QWEN_SHARED = FeedForward(
+    _SHARED, "shared_channels", "shared_expert_intermediate_size", exists=_is_sparse
+)
+_LLAMA = Architecture("model.layers", _ATTENTION, (FeedForward(_GATED),))
 
-# Keyed by the Hugging Face configuration's model_type.
-_ARCHITECTURES = {"llama": _LLAMA, "mistral": _LLAMA, "qwen2": _LLAMA, "qwen3": _LLAMA}
-
-
-@dataclass(frozen=True)
-class Geometry:
-    """The sizes that selection needs."""
-
-    num_layers: int
-    num_heads: int
-    num_kv_heads: int
-    head_dim: int
-    intermediate_size: int
-    hidden_size: int
-
-    @classmethod
-    def of(cls, hf_config: Any) -> "Geometry":
-        """Read the sizes from a Hugging Face configuration; ConfigError if it isn't supported."""
-        check_supported(hf_config)
-        num_heads = hf_config.num_attention_heads
-        return cls(
-            num_layers=hf_config.num_hidden_layers,
-            num_heads=num_heads,
-            num_kv_heads=hf_config.num_key_value_heads or num_heads,
-            head_dim=getattr(hf_config, "head_dim", None) or hf_config.hidden_size // num_heads,
-            intermediate_size=hf_config.intermediate_size,
-            hidden_size=hf_config.hidden_size,
-        )
+ARCHITECTURES = {
+    "llama": _LLAMA,
+    "mistral": _LLAMA,
+    "qwen2": _LLAMA,
+    "qwen3": _LLAMA,
+    "gemma": _LLAMA,
+    "gemma2": _LLAMA,
+    "gemma3_text": _LLAMA,
+    "smollm3": _LLAMA,
+    "olmo2": Architecture(
+        "model.layers",
+        _ATTENTION,
+        (FeedForward(_GATED),),
+        norms={"q": "self_attn.q_norm", "k": "self_attn.k_norm"},
+    ),
+    "phi3": Architecture(
+        "model.layers",
+        {
+            "q": "self_attn.qkv_proj",
+            "k": "self_attn.qkv_proj",
+            "v": "self_attn.qkv_proj",
+            "o": "self_attn.o_proj",
+        },
+        (
+            FeedForward(
+                {"gate": "mlp.gate_up_proj", "up": "mlp.gate_up_proj", "down": "mlp.down_proj"}
+            ),
+        ),
+    ),
+    "gpt2": Architecture(
+        "transformer.h",
+        {"q": "attn.c_attn", "k": "attn.c_attn", "v": "attn.c_attn", "o": "attn.c_proj"},
+        (FeedForward({"up": "mlp.c_fc", "down": "mlp.c_proj"}, size="n_inner"),),
+        files=Files(prefix="transformer.", ignored=(".attn.bias", ".attn.masked_bias")),
+    ),
+    "gpt_neox": Architecture(
+        "gpt_neox.layers",
+        {
+            "q": "attention.query_key_value",
+            "k": "attention.query_key_value",
+            "v": "attention.query_key_value",
+            "o": "attention.dense",
+        },
+        (FeedForward({"up": "mlp.dense_h_to_4h", "down": "mlp.dense_4h_to_h"}),),
+        interleaved=True,
+        files=Files(
+            renamed={"embed_out.": "lm_head."},
+            ignored=(".attention.bias", ".attention.masked_bias", "rotary_emb.inv_freq"),
+        ),
+    ),
+    "opt": Architecture(
+        "model.decoder.layers",
+        {**_ATTENTION, "o": "self_attn.out_proj"},
+        (FeedForward({"up": "fc1", "down": "fc2"}, size="ffn_dim"),),
+        masks_by_position=False,
+        files=Files(prefix="model."),
+    ),
+    "mixtral": Architecture(
+        "model.layers",
+        _ATTENTION,
+        (
+            FeedForward(
+                _EXPERTS,
+                "expert_channels",
+                num_experts="num_local_experts",
+                files={
+                    "gate": "mlp.experts.{}.w1",
+                    "up": "mlp.experts.{}.w3",
+                    "down": "mlp.experts.{}.w2",
+                },
+            ),
+        ),
+        files=Files(renamed={".block_sparse_moe.": ".mlp."}),
+    ),
+    "qwen2_moe": Architecture(
+        "model.layers", _ATTENTION, (_QWEN_DENSE, _QWEN_EXPERTS, _QWEN_SHARED)
+    ),
+    "qwen3_moe": Architecture("model.layers", _ATTENTION, (_QWEN_DENSE, _QWEN_EXPERTS)),
+}
+"""Keyed by the Hugging Face configuration's model_type."""
 
 
 def supported_architectures() -> list[str]:
     """Return the Hugging Face model types that `convert` takes."""
-    return sorted(_ARCHITECTURES)
+    return sorted(ARCHITECTURES)
 
 
 def check_supported(hf_config: Any) -> None:
     """Raise ConfigError, naming the supported model types, unless `hf_config`'s is one of them."""
     model_type = getattr(hf_config, "model_type", None)
-    if model_type not in _ARCHITECTURES:
+    if model_type not in ARCHITECTURES:
         raise ConfigError(
             f"model: architecture {model_type!r} is not supported; supported are "
             + ", ".join(supported_architectures())
         )
 
 
-class Decoder:
-    """A supported model seen as layers x projections."""
-
-    def __init__(self, model: nn.Module) -> None:
-        """Find the projections of `model`; ConfigError where it isn't what its config says."""
-        hf_config: Any = getattr(model, "config", None)
-        self.geometry = Geometry.of(hf_config)
-        self._architecture = _ARCHITECTURES[hf_config.model_type]
-        self._linears = {
-            key: self._find_linear(model, *key)
-            for layer in range(self.geometry.num_layers)
-            for key in ((layer, projection) for projection in self._architecture.projections)
-        }
-        self._keys = {self.name(*key): key for key in self._linears}
-
-    def name(self, layer: int, projection: Projection) -> str:
-        """Return the module's name in the model."""
-        return f"{self._architecture.layers}.{layer}.{self._architecture.projections[projection]}"
-
-    def linear(self, layer: int, projection: Projection) -> nn.Linear:
-        """Return the module itself."""
-        return self._linears[layer, projection]
-
-    def locate(self, name: str) -> tuple[int, Projection] | None:
-        """Return the layer and projection of a module's name, None where it is neither."""
-        return self._keys.get(name)
-
-    def _find_linear(self, model: nn.Module, layer: int, projection: Projection) -> nn.Linear:
-        name = self.name(layer, projection)
-        try:
-            linear = model.get_submodule(name)
-        except AttributeError:
-            raise ConfigError(
-                f"model: {type(model).__name__} has no module {name};"
-                " convert takes the causal LM of a supported architecture"
-            ) from None
-        if not isinstance(linear, nn.Linear):
-            raise ConfigError(f"model: {name} is a {type(linear).__name__}, not a Linear")
-        expected = self._num_units(projection)
-        found = linear.in_features if projection in ("o", "down") else linear.out_features
-        if found != expected:
-            raise ConfigError(
-                f"model: {name} has {found} heads' or channels' entries, its config says {expected}"
-            )
-        return linear
-
-    def _num_units(self, projection: Projection) -> int:
-        geometry = self.geometry
-        if projection in ("up", "gate", "down"):
-            return geometry.intermediate_size
-        num_heads = geometry.num_heads if projection in ("q", "o") else geometry.num_kv_heads
-        return num_heads * geometry.head_dim
+def check_packing(hf_config: Any) -> None:
+    """Raise ConfigError where the rows of a packed sequence would attend to each other."""
+    check_supported(hf_config)
+    if not ARCHITECTURES[hf_config.model_type].masks_by_position:
+        raise ConfigError(
+            f"data.packing: a {hf_config.model_type} model builds its attention mask without"
+            " position_ids, so packed rows would see each other; set data.packing to false"
+        )

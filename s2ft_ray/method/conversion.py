@@ -8,27 +8,24 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
 from s2ft_ray.config import S2FTConfig
 from s2ft_ray.errors import AdapterError, ConfigError
 from s2ft_ray.method.adapter import Adapter
-from s2ft_ray.method.architectures import Decoder
-from s2ft_ray.method.linear import S2FTLinear
-from s2ft_ray.method.parts import SIDES, AdapterSlice, BaseInfo
-from s2ft_ray.method.scores import score_units
-from s2ft_ray.method.selection import (
-    Key,
-    ModuleSelection,
-    Selection,
-    Taken,
-    check_available,
-    select,
-    to_units,
-)
+from s2ft_ray.method.calibration import Batch, SharedCalibration
+from s2ft_ray.method.choice import choose_indices, describe
+from s2ft_ray.method.decoder import Decoder, check_convertible
+from s2ft_ray.method.experts import ExpertSlice, S2FTExperts
+from s2ft_ray.method.layout import permute, restore_order
+from s2ft_ray.method.linear import S2FTConv1D, S2FTLinear
+from s2ft_ray.method.parts import SIDES, AdapterSlice, BaseInfo, Side
+from s2ft_ray.method.selection import Selection
 from s2ft_ray.method.switching import base_fingerprint, bind, plain_model, switched_fingerprints
+from s2ft_ray.method.weights import Weight
 
 _RECORD = "_s2ft_conversion"
 
@@ -46,30 +43,36 @@ class _Conversion:
 def convert(
     model: nn.Module,
     config: S2FTConfig,
-    calibration: Iterable[Any] | None = None,
+    calibration: Iterable[Batch] | SharedCalibration | None = None,
     avoid: Sequence[Adapter] = (),
 ) -> Selection:
     """Make `model` train the slices that `config` selects and nothing else, in place.
 
-    `avoid` draws outside the heads and channels of other adapters of the same base. Convert
-    before fully_shard. Raises ConfigError for an unsupported or converted model and for budgets
-    that can't be met, AdapterError for an adapter of another base; the model is then untouched.
+    `calibration` holds batches of the training data for a selection that looks at data, each a
+    mapping of what the model takes (with labels for ``gradient``); with SharedCalibration several
+    processes share the work. `avoid` draws outside the heads and channels of other adapters of
+    the same base. Convert before fully_shard. Raises ConfigError for an unsupported or converted
+    model, for budgets that can't be met and for calibration that can't be used, AdapterError for
+    an adapter of another base; the model is then untouched.
     """
     model = plain_model(model)
     decoder = _check_plain(model)
-    check_available(config)
-    if calibration is not None:
-        raise ConfigError(
-            f"calibration: the selection {config.selection!r} looks at no data; leave it out"
-        )
-    taken = Taken()
-    for adapter in avoid:
-        bind(model, adapter)
-        for name, part in adapter.slices.items():
-            if key := decoder.locate(name):
-                taken.add(key, part.indices.tolist(), decoder.geometry)
-    chosen = select(config, decoder.geometry, score_units(config, decoder), taken)
-    return _convert(model, decoder, config, chosen, _describe_base(model))
+    indices = choose_indices(model, decoder, config, calibration, avoid)
+    return _convert(model, decoder, config, indices, _describe_base(model))
+
+
+def convert_with(model: nn.Module, config: S2FTConfig, selection: Selection) -> Selection:
+    """Convert with a selection that `convert` has made before, in place; nothing is measured.
+
+    Raises ConfigError like `convert`, and where the selection is of another kind of model.
+    """
+    model = plain_model(model)
+    decoder = _check_plain(model)
+    for name, module in selection.modules.items():
+        if name not in decoder.weights or _side(decoder, name) != module.side:
+            raise ConfigError(f"selection: {name}: this model has no such {module.side}-side slice")
+    indices = {name: torch.tensor(it.indices) for name, it in selection.modules.items()}
+    return _convert(model, decoder, config, indices, _describe_base(model))
 
 
 def convert_like(model: nn.Module, adapter: Adapter) -> Selection:
@@ -81,18 +84,15 @@ def convert_like(model: nn.Module, adapter: Adapter) -> Selection:
     model = plain_model(model)
     decoder = _check_plain(model)
     bind(model, adapter)
-    chosen: dict[Key, tuple[int, ...]] = {}
     for name, part in adapter.slices.items():
-        key = decoder.locate(name)
-        if key is None or SIDES[key[1]] != part.side:
+        if name not in decoder.weights or _side(decoder, name) != part.side:
             raise AdapterError(
                 f"{name}: an adapter's {part.side}-side slice that convert can't train"
             )
-        chosen[key] = tuple(part.indices.tolist())
-    selection = _convert(model, decoder, adapter.config, chosen, _describe_base(model))
+    indices = {name: part.indices.long() for name, part in adapter.slices.items()}
+    selection = _convert(model, decoder, adapter.config, indices, _describe_base(model))
     for name, layer in slice_layers(model):
-        layer.slice.data += adapter.slices[name].delta.to(layer.slice.device)
-        layer.write_back()
+        layer.add_delta(adapter.slices[name].delta)
     return selection
 
 
@@ -109,8 +109,10 @@ def extract_adapter(model: nn.Module) -> Adapter:
     slices = {
         name: AdapterSlice(
             layer.side,
-            layer.indices.int().cpu(),
-            (layer.full_slice() - layer.base_slice.float()).cpu().contiguous(),
+            layer.original_indices().int().cpu(),
+            layer.delta(),
+            size=layer.weight.shape[layer.dim],
+            transposed=layer.is_transposed,
         )
         for name, layer in slice_layers(model)
     }
@@ -127,15 +129,23 @@ def restore(model: nn.Module) -> None:
             raise ConfigError(f"{name} is sharded; only an unsharded model can be restored")
     for _, layer in layers:
         layer.give_back()
+    restore_order(model)
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(record.requires_grad[name])
     delattr(model, _RECORD)
 
 
-def slice_layers(model: nn.Module) -> list[tuple[str, S2FTLinear]]:
-    """Return the converted layers and their names, in the model's order."""
-    modules = plain_model(model).named_modules()
-    return [(name, module) for name, module in modules if isinstance(module, S2FTLinear)]
+def slice_layers(model: nn.Module) -> list[tuple[str, S2FTLinear | S2FTConv1D | ExpertSlice]]:
+    """Return what trains a slice and the names that adapters use, in the model's order.
+
+    They are the converted layers; of experts the slices themselves, named by their parameter.
+    """
+    kinds = (S2FTLinear, S2FTConv1D, ExpertSlice)
+    return [
+        (name.removesuffix("_slice") if isinstance(module, ExpertSlice) else name, module)
+        for name, module in plain_model(model).named_modules()
+        if isinstance(module, kinds)
+    ]
 
 
 def _check_plain(model: nn.Module) -> Decoder:
@@ -157,51 +167,38 @@ def _convert(
     model: nn.Module,
     decoder: Decoder,
     config: S2FTConfig,
-    chosen: dict[Key, tuple[int, ...]],
+    indices: dict[str, Tensor],
     base: BaseInfo,
 ) -> Selection:
-    for key in chosen:
-        _check_linear(decoder.name(*key), decoder.linear(*key))
+    for name in indices:
+        check_convertible(name, decoder.weights[name])
+    description = describe(model, decoder, indices)
     parameters = dict(model.named_parameters())
-    num_parameters = sum(parameter.numel() for parameter in parameters.values())
     flags = {name: parameter.requires_grad for name, parameter in parameters.items()}
     for parameter in parameters.values():
         parameter.requires_grad_(False)
     setattr(model, _RECORD, _Conversion(config, base, flags))
-    for key, indices in chosen.items():
-        S2FTLinear.take_over(decoder.linear(*key), SIDES[key[1]], indices)
-    return _describe(model, decoder, num_parameters)
+    if config.layout == "permuted":
+        permute(model, decoder, indices)
+    # In the decoder's order, wherever the indices come from: it is the order of write-back, whose
+    # collectives all ranks must meet in.
+    for name in sorted(indices, key=list(decoder.weights).index):
+        _take_over(decoder.weights[name], _side(decoder, name), indices[name])
+    return description
 
 
-def _check_linear(name: str, linear: nn.Linear) -> None:
-    if type(linear).forward is not nn.Linear.forward or not linear.weight.is_floating_point():
-        raise ConfigError(
-            f"model: {name} is a {type(linear).__name__} of {linear.weight.dtype};"
-            " only plain, unquantized Linear layers can be converted"
-        )
+def _take_over(weight: Weight, side: Side, indices: Tensor) -> None:
+    module = weight.module
+    if isinstance(module, nn.Linear):
+        S2FTLinear.take_over(module, side, indices.tolist())
+    elif weight.is_transposed:
+        S2FTConv1D.take_over(module, side, indices.tolist())
+    else:
+        S2FTExperts.take_over(module, weight.parameter_name, side, indices)
 
 
-def _describe(model: nn.Module, decoder: Decoder, num_parameters: int) -> Selection:
-    layers = slice_layers(model)
-    selection = Selection(
-        modules={
-            name: ModuleSelection(layer.side, tuple(layer.indices.tolist()))
-            for name, layer in layers
-        },
-        heads={},
-        kv_heads={},
-        channels={},
-        num_trainable=sum(layer.slice.numel() for _, layer in layers),
-        num_parameters=num_parameters,
-    )
-    kinds = {"q": selection.heads, "o": selection.heads}
-    kinds |= {"k": selection.kv_heads, "v": selection.kv_heads}
-    for name, module in selection.modules.items():
-        layer, projection = cast(Key, decoder.locate(name))
-        units = kinds.get(projection, selection.channels)
-        found = to_units(projection, module.indices, decoder.geometry)
-        units[layer] = sorted({*units.get(layer, []), *found})
-    return selection
+def _side(decoder: Decoder, name: str) -> Side:
+    return SIDES[decoder.members(name)[0][1]]
 
 
 def _describe_base(model: nn.Module) -> BaseInfo:

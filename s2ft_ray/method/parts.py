@@ -1,7 +1,7 @@
 """The small values that adapters, switching and fingerprints pass each other.
 
 Invariant: indices are ascending and count rows or columns of a weight [D, F] in the base's own
-order. Dimensions: D out, F in, K selected.
+order. Dimensions: E experts, D out, F in, K selected.
 """
 
 from dataclasses import dataclass
@@ -41,14 +41,27 @@ class AdapterSlice:
 
     side: Side
     indices: Tensor
-    """int32 [K], ascending: columns (side "in") or rows (side "out") of the weight."""
+    """int32 [K], ascending: columns (side "in") or rows (side "out") of the weight seen as
+    Linear [D, F]. Of experts [E, K]: each has indices of its own."""
     delta: Tensor
-    """fp32 [D, K] (side "in") or [K, F] (side "out")."""
+    """fp32 [D, K] (side "in") or [K, F] (side "out"), with E before them for experts."""
+    size: int | None = None
+    """F (side "in") or D (side "out") of the whole weight; None where it was not recorded."""
+    transposed: bool = False
+    """Whether the base stores the weight as [F, D], as Conv1D does; the delta never is."""
 
     @property
     def dim(self) -> int:
-        """The dimension of the weight that `indices` count along."""
-        return 1 if self.side == "in" else 0
+        """The dimension of `delta`, and of the weight seen as Linear, that `indices` count along.
+
+        From the front: 1 or 0, and of experts 2 or 1.
+        """
+        return self.delta.dim() - (1 if self.side == "in" else 2)
+
+    @property
+    def count(self) -> int:
+        """K: how many rows or columns (of each expert) are changed."""
+        return self.indices.shape[-1]
 
 
 @dataclass(frozen=True, eq=False)
@@ -56,7 +69,8 @@ class Replaced:
     """Entries of a weight that something has replaced, as they were before."""
 
     dim: int
+    """From the end, of the weight as it is stored: -1 columns, -2 rows."""
     indices: Tensor
-    """int64 [K] along `dim`."""
+    """int64 [K] along `dim`, or [E, K]; in any order."""
     values: Tensor
-    """[D, K] (dim 1) or [K, F] (dim 0), in the weight's dtype."""
+    """[D, K] (dim -1) or [K, F] (dim -2), in the weight's dtype; of experts with E before."""

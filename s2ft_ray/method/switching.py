@@ -15,8 +15,10 @@ from torch.distributed.tensor import DTensor
 
 from s2ft_ray.errors import AdapterError
 from s2ft_ray.method.fingerprint import fingerprint_base
-from s2ft_ray.method.linear import S2FTLinear
+from s2ft_ray.method.layout import permuted_parameters
 from s2ft_ray.method.parts import AdapterSlice, Replaced
+from s2ft_ray.method.slices import SliceOf
+from s2ft_ray.method.weights import Weight, find_weight, gather, put, stored_dim
 
 if TYPE_CHECKING:
     from s2ft_ray.method.adapter import Adapter
@@ -48,18 +50,21 @@ def base_fingerprint(model: nn.Module) -> str:
     A collective where parameters are sharded.
     """
     model = plain_model(model)
-    replaced: dict[str, list[Replaced]] = {}
+    by_parameter: dict[int, list[Replaced]] = {}
     for entry in reversed(_stack(model)):
         for name, part in entry.replaced.items():
-            replaced.setdefault(f"{name}.weight", []).append(part)
-    slice_names = set()
-    for name, layer in model.named_modules():
-        if isinstance(layer, S2FTLinear):
-            slice_names.add(f"{name}.slice")
-            part = Replaced(layer.dim, layer.indices, layer.base_slice)
-            replaced.setdefault(f"{name}.weight", []).append(part)
-    parameters = ((n, p) for n, p in model.named_parameters() if n not in slice_names)
-    return fingerprint_base(parameters, replaced)
+            parameter = _located(model, name).parameter
+            by_parameter.setdefault(id(parameter), []).append(part)
+    slices = set()
+    for layer in model.modules():
+        if isinstance(layer, SliceOf):
+            slices.add(id(layer.slice))
+            held = layer.indices if layer.original is None else layer.original
+            part = Replaced(layer.dim, held, layer.base_slice)
+            by_parameter.setdefault(id(layer.weight), []).append(part)
+    parameters = [(n, p) for n, p in model.named_parameters() if id(p) not in slices]
+    replaced = {name: by_parameter[id(p)] for name, p in parameters if id(p) in by_parameter}
+    return fingerprint_base(parameters, replaced, dict(permuted_parameters(model)))
 
 
 def switch_in(model: nn.Module, adapter: "Adapter") -> None:
@@ -69,7 +74,7 @@ def switch_in(model: nn.Module, adapter: "Adapter") -> None:
     already, or isn't the adapter's base.
     """
     model = plain_model(model)
-    if any(isinstance(layer, S2FTLinear) for layer in model.modules()):
+    if any(isinstance(layer, SliceOf) for layer in model.modules()):
         raise AdapterError("the model is converted; restore(model) before switching adapters in")
     if adapter.fingerprint in switched_fingerprints(model):
         raise AdapterError(f"adapter {adapter.fingerprint[:12]} is in this model already")
@@ -78,14 +83,16 @@ def switch_in(model: nn.Module, adapter: "Adapter") -> None:
     updates: dict[str, Tensor] = {}
     with torch.no_grad():
         for name, weight in weights.items():
-            part = adapter.slices[name]
-            indices = part.indices.to(weight.device, torch.int64)
-            before = weight.index_select(part.dim, indices)
-            replaced[name] = Replaced(part.dim, indices, before)
-            updates[name] = (before.float() + part.delta.to(weight.device)).to(weight.dtype)
+            part, stored = adapter.slices[name], weight.parameter
+            dim = stored_dim(part.side, weight.is_transposed)
+            indices = part.indices.to(stored.device, torch.int64)
+            before = gather(stored, dim, indices)
+            replaced[name] = Replaced(dim, indices, before)
+            delta = part.delta.T if weight.is_transposed else part.delta
+            updates[name] = (before.float() + delta.to(stored.device)).to(stored.dtype)
         try:
             for name, weight in weights.items():
-                _write(weight, replaced[name], updates[name])
+                _write(weight.parameter, replaced[name], updates[name])
         except BaseException:
             _put_back(model, replaced)
             raise
@@ -111,25 +118,22 @@ def switch_out(model: nn.Module, adapter: "Adapter") -> None:
         delattr(model, _STACK)
 
 
-def bind(model: nn.Module, adapter: "Adapter") -> dict[str, nn.Parameter]:
+def bind(model: nn.Module, adapter: "Adapter") -> dict[str, Weight]:
     """Return the weights that the adapter changes, by module name.
 
     Raises AdapterError, one fault for each module that is missing or of another shape, else one
     that tells the two bases apart.
     """
-    weights: dict[str, nn.Parameter] = {}
+    weights: dict[str, Weight] = {}
     faults = [] if adapter.slices else ["the adapter has no modules: nothing to bind"]
     for name, part in adapter.slices.items():
-        try:
-            weight = model.get_submodule(name).weight
-        except AttributeError:
+        weight = find_weight(model, name)
+        if weight is None:
             faults.append(f"{name}: the adapter has it, {type(model).__name__} doesn't")
-            continue
-        fault = _misfit(weight, part)
-        if fault:
+        elif fault := _misfit(weight, part):
             faults.append(f"{name}: {fault}")
         else:
-            weights[name] = cast(nn.Parameter, weight)
+            weights[name] = weight
     if not faults:
         found = base_fingerprint(model)
         if found != adapter.base.fingerprint:
@@ -144,30 +148,39 @@ def bind(model: nn.Module, adapter: "Adapter") -> dict[str, nn.Parameter]:
     return weights
 
 
-def _misfit(weight: object, part: AdapterSlice) -> str | None:
-    if not isinstance(weight, Tensor) or weight.dim() != 2:
-        return "its weight is no matrix"
-    if isinstance(weight, DTensor) or weight.is_meta:
+def _misfit(weight: Weight, part: AdapterSlice) -> str | None:
+    if isinstance(weight.parameter, DTensor) or weight.parameter.is_meta:
         return "its weight is sharded or on meta; switch into a whole model"
-    across = 1 - part.dim
-    if weight.shape[across] != part.delta.shape[across]:
-        return f"delta is {list(part.delta.shape)}, the weight {list(weight.shape)}"
-    last = int(part.indices[-1])
-    if last >= weight.shape[part.dim]:
-        return f"index {last} is outside the weight {list(weight.shape)}"
+    shape = list(weight.view().shape)
+    if len(shape) not in (2, 3):
+        return "its weight is no matrix"
+    expected = list(part.delta.shape)
+    if len(shape) == len(expected):
+        expected[part.dim] = shape[part.dim]
+    if shape != expected:
+        return f"delta is {list(part.delta.shape)}, the weight {shape}"
+    last = int(part.indices.max())
+    if last >= shape[part.dim]:
+        return f"index {last} is outside the weight {shape}"
     return None
 
 
 def _put_back(model: nn.Module, replaced: dict[str, Replaced]) -> None:
     with torch.no_grad():
         for name, part in replaced.items():
-            _write(cast(Tensor, model.get_submodule(name).weight), part, part.values)
+            _write(_located(model, name).parameter, part, part.values)
+
+
+def _located(model: nn.Module, name: str) -> Weight:
+    weight = find_weight(model, name)
+    assert weight is not None, f"{name} had an adapter switched in and is gone"
+    return weight
 
 
 def _write(weight: Tensor, part: Replaced, values: Tensor) -> None:
     # The model may have moved or changed its dtype since the entries were replaced.
     indices = part.indices.to(weight.device)
-    weight.index_copy_(part.dim, indices, values.to(weight.device, weight.dtype))
+    put(weight, part.dim, indices, values.to(weight.device, weight.dtype))
 
 
 def _stack(model: nn.Module) -> list[_Switched]:
