@@ -7,11 +7,20 @@ Imports no torch, ray or mlflow, so that a waiting driver or a command line star
 
 import difflib
 import os
+import re
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
 import yaml
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    model_validator,
+)
 from pydantic_core import ErrorDetails
 
 from s2ft_ray.errors import ConfigError
@@ -32,6 +41,12 @@ class Section(BaseModel):
     model_config = ConfigDict(
         extra="forbid", frozen=True, allow_inf_nan=False, use_attribute_docstrings=True
     )
+
+
+def _expand_range(layers: Any) -> Any:
+    if isinstance(layers, str) and (ends := re.fullmatch(r"(\d+)-(\d+)", layers)):
+        return list(range(int(ends[1]), int(ends[2]) + 1))
+    return list(layers) if isinstance(layers, range) else layers
 
 
 def _check_selection(budgets: dict[Projection, float]) -> dict[Projection, float]:
@@ -57,8 +72,8 @@ class S2FTConfig(Section):
     """Which end of the score is taken; no meaning for ``random``."""
     allocation: Literal["uniform", "global"] = "uniform"
     """The same count in every layer, or the best over all layers."""
-    layers: list[int] | None = None
-    """Indices of the decoder layers to train; None: all."""
+    layers: Annotated[list[int] | None, BeforeValidator(_expand_range)] = None
+    """Indices of the decoder layers to train, or a range of them (``4-11``); None: all."""
     layout: Literal["gathered", "permuted"] = "gathered"
     """Slices gathered by index, or made contiguous by co-permutation; the same mathematics."""
     seed: int = Field(default=0, ge=0, lt=2**63)
@@ -84,14 +99,31 @@ class ModelConfig(Section):
     trust_remote_code: bool = False
 
 
+class WeightedFile(Section):
+    """One of several files to train on."""
+
+    path: str
+    weight: float = Field(default=1.0, gt=0, le=100)
+    """Passes over the file in one epoch: 2 sees each row twice, 0.5 half of them in turn."""
+
+
+def _name_paths(value: Any) -> Any:
+    if not isinstance(value, list):
+        return value
+    return [{"path": entry} if isinstance(entry, str) else entry for entry in value]
+
+
 class DataConfig(Section):
     """The training data and how a row becomes tokens and targets."""
 
-    train: str
-    """A JSONL or JSON file: chat, prompt/completion, instruction or text rows."""
+    train: Annotated[
+        str | Annotated[list[WeightedFile], Field(min_length=1)], BeforeValidator(_name_paths)
+    ]
+    """A file of chat, prompt/completion, instruction or text rows, or several with weights: JSONL,
+    JSON or Parquet, a path or URL; or a data set of the Hugging Face library (``name:split``)."""
     eval: str | None = None
     """A held-out file in the same form; None: rows are held out of ``train``."""
-    format: Literal["auto", "chat", "completion", "instruction", "text"] = "auto"
+    format: Literal["auto", "chat", "completion", "instruction", "preference", "text"] = "auto"
     max_seq_len: int = Field(default=512, ge=2)
     """In tokens; longer rows are cut at the end, and counted."""
     packing: bool = False
@@ -100,8 +132,37 @@ class DataConfig(Section):
     """Which tokens are targets: the last completion, every assistant turn, or everything."""
     chat_template: str | None = None
     """A Jinja chat template, or a file that holds one; None: the tokenizer's own."""
+    calibration_share: Share = 0.01
+    """Share of the training rows, at least 32 of them, that a selection by ``activation``,
+    ``product`` or ``gradient`` looks at."""
     invalid_rows: Literal["error", "drop"] = "error"
     """Refuse a file with faulty rows, or drop them, counted and named."""
+
+    weight_key: str | None = None
+    """A key of each row that holds a number above 0: how much the row's loss counts."""
+
+    @property
+    def train_files(self) -> list[WeightedFile]:
+        """The files of ``train``, one or more."""
+        return [WeightedFile(path=self.train)] if isinstance(self.train, str) else self.train
+
+
+class ObjectiveConfig(Section):
+    """What is minimized."""
+
+    loss: Literal["cross_entropy", "dpo"] = "cross_entropy"
+    """Of the target tokens, or of preferences: rows of prompt, chosen and rejected."""
+    dpo_beta: float = Field(default=0.1, gt=0)
+    """How strongly ``dpo`` holds the model to what it was at the run's start."""
+    label_smoothing: float = Field(default=0.0, ge=0, lt=1)
+    neftune_alpha: float = Field(default=0.0, ge=0)
+    """Noise on the input embeddings in training, 0: none; 5 is usual."""
+
+    @model_validator(mode="after")
+    def _check_loss(self) -> Self:
+        if self.loss == "dpo" and (self.label_smoothing or self.neftune_alpha):
+            raise ValueError("label_smoothing and neftune_alpha are for cross_entropy; leave out")
+        return self
 
 
 class OptimConfig(Section):
@@ -142,11 +203,14 @@ class ParallelConfig(Section):
     """The workers and what each holds."""
 
     num_workers: Annotated[int, Field(ge=1)] | tuple[int, int] = 1
-    """How many, or [fewest, most] for a run that may be resized."""
+    """How many, or [fewest, most]: the queue decides, and alone a run takes the most that fit."""
     resources_per_worker: dict[str, Annotated[float, Field(gt=0)]] = {"CPU": 1}
     use_gpu: bool = False
     sharding: Literal["auto", "replicate", "full", "hybrid"] = "auto"
-    """Where the frozen base lives: a copy on each worker, or sharded. Slices are always sharded."""
+    """Where the frozen base lives: a copy on each worker, sharded over all (full) or inside each
+    node with a copy on every node (hybrid). Slices are always sharded."""
+    shard_group: int | None = Field(default=None, ge=1)
+    """Workers that hold one copy of the base together under ``hybrid``; None: those of a node."""
     activation_checkpointing: bool = False
 
     @model_validator(mode="after")
@@ -155,6 +219,11 @@ class ParallelConfig(Section):
             low, high = self.num_workers
             if not 1 <= low <= high:
                 raise ValueError(f"num_workers [{low}, {high}] is no range; write 1 <= low <= high")
+        elif self.shard_group and self.num_workers % self.shard_group:
+            raise ValueError(
+                f"shard_group {self.shard_group} doesn't divide num_workers {self.num_workers};"
+                " take a divisor, or leave it out to shard inside each node"
+            )
         return self
 
 
@@ -167,6 +236,8 @@ class EvaluationConfig(Section):
     """Held-out prompts whose greedy answers are shown with each evaluation."""
     max_new_tokens: int = Field(default=32, ge=1)
     """Length of such an answer."""
+    patience: int | None = Field(default=None, ge=1)
+    """End the run after so many evaluations in a row without a lower loss; None: never."""
 
 
 class CheckpointConfig(Section):
@@ -177,6 +248,8 @@ class CheckpointConfig(Section):
     every_steps: int = Field(default=50, ge=1)
     keep: int = Field(default=2, ge=1)
     """How many of the newest checkpoints stay."""
+    select: Literal["last", "best"] = "last"
+    """Which step becomes the adapter: the last, or the one whose held-out loss was lowest."""
 
 
 class RegistryConfig(Section):
@@ -195,6 +268,8 @@ class TrackingConfig(Section):
     """An MLflow tracking URI; None: ``$MLFLOW_TRACKING_URI``, else the SQLite file in S2FT_HOME."""
     experiment: str | None = None
     """None: ``s2ft/<tenant>``."""
+    profile: bool = False
+    """Leave a torch trace of three steps of each worker in the run folder, under profile/."""
 
 
 class RunConfig(Section):
@@ -208,6 +283,7 @@ class RunConfig(Section):
     model: ModelConfig = ModelConfig()
     data: DataConfig
     method: S2FTConfig = S2FTConfig()
+    objective: ObjectiveConfig = ObjectiveConfig()
     optim: OptimConfig = OptimConfig()
     parallel: ParallelConfig = ParallelConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
@@ -217,15 +293,32 @@ class RunConfig(Section):
 
     @model_validator(mode="after")
     def _check_batches(self) -> Self:
-        workers = self.parallel.num_workers
         batch, micro = self.optim.global_batch_size, self.optim.micro_batch_size
-        for count in {workers} if isinstance(workers, int) else set(workers):
-            step = micro * count
-            if batch % step:
-                raise ValueError(
-                    f"optim.global_batch_size {batch} is no multiple of optim.micro_batch_size"
-                    f" {micro} x {count} workers; take {-(-batch // step) * step}"
-                )
+        if batch % micro:
+            raise ValueError(
+                f"optim.global_batch_size {batch} is no multiple of optim.micro_batch_size"
+                f" {micro}; take {-(-batch // micro) * micro}"
+            )
+        workers = self.parallel.num_workers
+        most = workers if isinstance(workers, int) else workers[1]
+        if most > batch // micro:
+            raise ValueError(
+                f"parallel.num_workers {most}: a step has {batch // micro} micro-batches"
+                f" (optim.global_batch_size {batch} / optim.micro_batch_size {micro}), and each"
+                f" worker needs one; take at most {batch // micro} workers, or a larger batch"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _check_preferences(self) -> Self:
+        is_dpo, form = self.objective.loss == "dpo", self.data.format
+        if form != "auto" and is_dpo != (form == "preference"):
+            raise ValueError(
+                f"objective.loss {self.objective.loss} with data.format {form}: dpo trains on"
+                " preference rows (prompt, chosen, rejected), and nothing else does"
+            )
+        if is_dpo and (self.data.packing or self.data.weight_key):
+            raise ValueError("data.packing and data.weight_key are for cross_entropy; leave out")
         return self
 
     @model_validator(mode="after")
@@ -247,7 +340,18 @@ class RunConfig(Section):
 
     def to_yaml(self) -> str:
         """Return the resolved document: every key, in the order of the sections."""
-        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)
+        return yaml.safe_dump(self.to_document(), sort_keys=False)
+
+    def to_document(self) -> dict[str, Any]:
+        """Return the resolved document as plain values; reading it gives this run again.
+
+        Every key is in it, but of a run with a parent only what was written of the method: the
+        parent decides the rest.
+        """
+        document = self.model_dump(mode="json")
+        if self.registry.parent is not None:
+            document["method"] = self.method.model_dump(mode="json", exclude_unset=True)
+        return document
 
 
 def load_config(path: str | Path, overrides: list[str] | None = None) -> RunConfig:
@@ -305,7 +409,12 @@ def _apply_override(document: dict[str, Any], override: str) -> None:
 
 
 def _describe(fault: ErrorDetails, root: type[BaseModel]) -> str:
-    location = [str(part) for part in fault["loc"] if part not in ("int", "[key]")]
+    kinds = ("int", "str", "[key]")  # of a union or a mapping: not in the document
+    location = [
+        str(part)
+        for part in fault["loc"]
+        if part not in kinds and not str(part).startswith(("constrained-list", "list["))
+    ]
     key = ".".join(location)
     if fault["type"] == "extra_forbidden":
         known = _known_keys(root, location[:-1])

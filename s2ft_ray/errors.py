@@ -6,6 +6,12 @@
     ├── AdapterError     (ValueError)    an adapter, its files, or the base it meets
     ├── CheckpointError  (RuntimeError)  a checkpoint that can't be written, read or trusted
     ├── JobError         (RuntimeError)  a run that can't go on
+    │   ├── StaleAttempt                 a report of an attempt that the queue has given up
+    │   ├── UnknownJob                   an id that the queue never gave
+    │   ├── Diverged                     a loss that is not finite
+    │   ├── OutOfMemory, WorkersLost     what ended the workers
+    │   └── RegistryUnreachable          trained, not registered
+    ├── Preempted                        a run that stopped because it was asked to
     ├── ServingError     (RuntimeError)  a request or an engine that can't be served
     └── NodeError        (RuntimeError)  a service of this machine that can't be started or ended
 
@@ -13,7 +19,7 @@ An error is made of its faults, one line each: ``ConfigError("optim.lr: ...", "d
 The faults are the exception's ``args``, so each error survives pickling (Ray moves them between
 processes) and prints as its lines. A fault names the value, the limit and the way out. An error
 knows the exit code of a command that ends with it: 2 for what the user wrote or can mend (input,
-storage), 1 for the rest.
+storage), 3 for a run that was asked to stop and can go on, 1 for the rest.
 """
 
 
@@ -60,6 +66,52 @@ class CheckpointError(S2FTError, RuntimeError):
 
 class JobError(S2FTError, RuntimeError):
     """A run that had to stop: divergence, lost workers, resources that never come."""
+
+
+class StaleAttempt(JobError):  # noqa: N818 - what happened, in the queue's words
+    """A report of an attempt that the queue has given up: the job went on without it."""
+
+    def __init__(self, job_id: str, attempt: int, now: str) -> None:
+        super().__init__(f"job {job_id}: attempt {attempt} is not the current one any more: {now}")
+        self._parts = (job_id, attempt, now)
+
+    def __reduce__(self) -> tuple[type["StaleAttempt"], tuple[str, int, str]]:
+        return type(self), self._parts
+
+
+class UnknownJob(JobError):  # noqa: N818 - what is wrong
+    """An id that the queue never gave to a job."""
+
+    exit_code = 2
+
+
+class Diverged(JobError):  # noqa: N818 - what happened
+    """A loss or a gradient that is not finite: it would be so again."""
+
+
+class OutOfMemory(JobError):  # noqa: N818 - what happened
+    """Workers that ended for lack of memory."""
+
+
+class WorkersLost(JobError):  # noqa: N818 - what happened
+    """Workers that died more often than a run is started again by itself."""
+
+
+class RegistryUnreachable(JobError):  # noqa: N818 - what happened
+    """A trained adapter that is not registered, because MLflow can't be reached."""
+
+
+class Preempted(S2FTError):  # noqa: N818 - an outcome, no error
+    """A run that was asked to stop and did, at `step`, with its checkpoint saved: no failure."""
+
+    exit_code = 3
+
+    def __init__(self, step: int) -> None:
+        super().__init__(f"stopped at step {step}, checkpoint saved; --resume goes on")
+        self.step = step
+
+    def __reduce__(self) -> tuple[type["Preempted"], tuple[int]]:
+        return type(self), (self.step,)
 
 
 class ServingError(S2FTError, RuntimeError):

@@ -1,6 +1,7 @@
 """Training data: files of rows become tokens with targets, and a stream of batches.
 
-    source -> formats -> chat, encoding -> validation -> prepared      on the driver
+    location -> files -> source, tables -> formats -> chat, encoding
+             -> validation -> cache -> prepared                        on the driver
     loader -> packing, batches                                         on each worker
 
 A row's tokens and its ``target_mask`` stay together; everything else is derived from them.
@@ -8,7 +9,15 @@ A row's tokens and its ``target_mask`` stay together; everything else is derived
 
 from s2ft_ray.data.batches import IGNORE_INDEX, MicroBatch
 from s2ft_ray.data.formats import Prompt, encode_prompt, render_prompt
-from s2ft_ray.data.loader import Step, TrainLoader, eval_batches, num_sequences, num_steps
+from s2ft_ray.data.loader import (
+    Step,
+    TrainLoader,
+    calibration_batches,
+    eval_batches,
+    num_sequences,
+    num_steps,
+)
+from s2ft_ray.data.location import absolute_name
 from s2ft_ray.data.packing import pack_rows, packing_efficiency
 from s2ft_ray.data.prepared import DataReport, EvalPrompt, PreparedData, prepare_data
 from s2ft_ray.data.preview import preview
@@ -22,6 +31,8 @@ __all__ = [
     "Prompt",
     "Step",
     "TrainLoader",
+    "absolute_name",
+    "calibration_batches",
     "encode_prompt",
     "eval_batches",
     "num_sequences",

@@ -14,7 +14,7 @@ model be called with ``use_cache=False``.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Self
 
 import torch
@@ -30,6 +30,9 @@ class Sample:
     input_ids: Sequence[int]
     target_mask: Sequence[bool]
     line: int
+    weight: float = 1.0
+    is_rejected: bool = False
+    """The second answer of a pair."""
 
 
 @dataclass(frozen=True)
@@ -43,6 +46,10 @@ class MicroBatch:
     """Targets of this micro-batch."""
     num_tokens: int
     """Tokens without padding."""
+    weights: Tensor | None = None
+    """float32 [B, T]: of each token's loss; None: 1."""
+    place: int = 0
+    """In the run's stream of micro-batches, whatever the world size."""
     attention_mask: None = None
 
     def model_inputs(self) -> dict[str, Any]:
@@ -56,22 +63,27 @@ class MicroBatch:
 
     def to(self, device: torch.device | str) -> Self:
         """Return the batch with its tensors on `device`."""
-        return type(self)(
+        weights = self.weights
+        return replace(
+            self,
             input_ids=self.input_ids.to(device),
             labels=self.labels.to(device),
             position_ids=self.position_ids.to(device),
-            num_targets=self.num_targets,
-            num_tokens=self.num_tokens,
+            weights=weights if weights is None else weights.to(device),
         )
 
 
-def build_micro_batch(sequences: Sequence[Sequence[Sample]], pad_id: int) -> MicroBatch:
+def build_micro_batch(
+    sequences: Sequence[Sequence[Sample]], pad_id: int, place: int = 0
+) -> MicroBatch:
     """Lay each sequence of samples end to end, padded on the right to the longest."""
     lengths = [sum(len(sample.input_ids) for sample in sequence) for sequence in sequences]
     shape = (len(sequences), max(lengths))
     input_ids = torch.full(shape, pad_id, dtype=torch.int64)
     labels = torch.full(shape, IGNORE_INDEX, dtype=torch.int64)
     position_ids = torch.arange(shape[1]).expand(shape).clone()
+    is_weighted = any(sample.weight != 1.0 for sequence in sequences for sample in sequence)
+    weights = torch.ones(shape) if is_weighted else None
     for row, sequence in enumerate(sequences):
         start = 0
         for sample in sequence:
@@ -81,6 +93,8 @@ def build_micro_batch(sequences: Sequence[Sequence[Sample]], pad_id: int) -> Mic
             is_target[0] = False
             input_ids[row, start:stop] = ids
             labels[row, start:stop] = ids.where(is_target, IGNORE_INDEX)
+            if weights is not None:
+                weights[row, start:stop] = sample.weight
             position_ids[row, start:] = torch.arange(shape[1] - start)
             start = stop
     return MicroBatch(
@@ -89,4 +103,6 @@ def build_micro_batch(sequences: Sequence[Sequence[Sample]], pad_id: int) -> Mic
         position_ids=position_ids,
         num_targets=int((labels != IGNORE_INDEX).sum()),
         num_tokens=sum(lengths),
+        weights=weights,
+        place=place,
     )

@@ -10,9 +10,10 @@ random places, that gave the tokens of the whole text wherever no token reached 
 two thirds of the time. Chats are encoded whole: what follows a special token depends on it.
 """
 
+import hashlib
 import itertools
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal, cast
 
 import numpy as np
@@ -35,6 +36,10 @@ class EncodedRow:
     prompt_len: int
     """How many tokens stand before the last completion."""
     is_truncated: bool
+    rejected_ids: list[int] = field(default_factory=list)
+    """Of a preference row: the prompt with the other answer, and its targets."""
+    rejected_mask: list[bool] = field(default_factory=list)
+    weight: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -51,7 +56,12 @@ class Encoder:
     """
 
     def __init__(
-        self, tokenizer: PreTrainedTokenizerBase, *, max_seq_len: int, train_on: TrainOn
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        max_seq_len: int,
+        train_on: TrainOn,
+        weight_key: str | None = None,
     ) -> None:
         if tokenizer.eos_token_id is None:
             raise ConfigError(
@@ -64,12 +74,23 @@ class Encoder:
                 " characters a token covers; choose a base with a tokenizer.json"
             )
         self.tokenizer = tokenizer
+        self.weight_key = weight_key
         self._max_seq_len = max_seq_len
         self._train_on = train_on
         self._eos = tokenizer.eos_token_id
         self._bos = bos_ids(tokenizer)  # an ordinary call: no truncation or padding is left set
         self._backend = tokenizer.backend_tokenizer  # half the time of the ordinary call
         self._newline = self._encode(["\n"])[0]
+
+    @property
+    def identity(self) -> str:
+        """A digest of all that this encoder is made of: the same rows become the same tokens."""
+        parts = (
+            self._backend.to_str(),
+            str(self.tokenizer.chat_template),
+            f"{self._bos} {self._eos} {self._max_seq_len} {self._train_on} {self.weight_key}",
+        )
+        return hashlib.sha256("\0".join(parts).encode()).hexdigest()
 
     def encode(
         self, rows: Sequence[Mapping[str, Any]], row_format: Format
@@ -82,7 +103,34 @@ class Encoder:
             )
         if row_format == "chat" or (row_format == "instruction" and self.tokenizer.chat_template):
             return self._encode_chats(rows, row_format)
+        if row_format == "preference":
+            return self._encode_pairs(rows)
         return self._encode_literal(rows, row_format)
+
+    def _encode_pairs(self, rows: Sequence[Mapping[str, Any]]) -> list[EncodedRow | RowFault]:
+        """Encode each answer as the completion of the prompt."""
+        sides = [
+            self._encode_literal(
+                [{"prompt": row["prompt"], "completion": row[key]} for row in rows], "completion"
+            )
+            for key in ("chosen", "rejected")
+        ]
+        pairs: list[EncodedRow | RowFault] = []
+        for chosen, rejected in zip(*sides, strict=True):
+            if isinstance(chosen, RowFault):
+                pairs.append(RowFault(chosen.text.replace("completion", "chosen", 1)))
+            elif isinstance(rejected, RowFault):
+                pairs.append(RowFault(rejected.text.replace("completion", "rejected", 1)))
+            else:
+                pairs.append(
+                    replace(
+                        chosen,
+                        rejected_ids=rejected.input_ids,
+                        rejected_mask=rejected.target_mask,
+                        is_truncated=chosen.is_truncated or rejected.is_truncated,
+                    )
+                )
+        return pairs
 
     def _encode_literal(
         self, rows: Sequence[Mapping[str, Any]], row_format: Format

@@ -1,8 +1,9 @@
-"""The four row formats: which one a row has, what must be in it, and the text it becomes.
+"""The five row formats: which one a row has, what must be in it, and the text it becomes.
 
     chat         {"messages": [{"role": "user", "content": ...}, {"role": "assistant", ...}, ...]}
     completion   {"prompt": ..., "completion": ...}
     instruction  {"instruction": ..., "input": ... (optional), "output": ...}
+    preference   {"prompt": ..., "chosen": ..., "rejected": ...}
     text         {"text": ...}
 
 Other keys of a row are ignored. A prompt is rendered here and nowhere else, for training and for
@@ -13,7 +14,7 @@ text begins with it.
 
 Chat rows go through the tokenizer's chat template, and so do instruction rows where there is one
 (one user turn, one assistant turn). Instruction rows without a template use the layout
-``INSTRUCTION_LAYOUT``. Prompt/completion and text rows are taken literally.
+``INSTRUCTION_LAYOUT``. Prompt/completion, preference and text rows are taken literally.
 """
 
 from collections.abc import Mapping, Sequence
@@ -21,13 +22,14 @@ from typing import Any, Literal, cast
 
 from transformers import PreTrainedTokenizerBase
 
-Format = Literal["chat", "completion", "instruction", "text"]
+Format = Literal["chat", "completion", "instruction", "preference", "text"]
 Turn = dict[str, str]
 
 REQUIRED_KEYS: dict[Format, tuple[str, ...]] = {
     "chat": ("messages",),
     "completion": ("prompt", "completion"),
     "instruction": ("instruction", "output"),
+    "preference": ("prompt", "chosen", "rejected"),
     "text": ("text",),
 }
 KNOWN_FORMATS = ", ".join(f"{name} ({', '.join(keys)})" for name, keys in REQUIRED_KEYS.items())
@@ -64,6 +66,8 @@ def find_faults(fields: Mapping[str, Any], row_format: Format) -> list[str]:
     faults = [
         fault for key in REQUIRED_KEYS[row_format] for fault in _find_text_faults(key, fields[key])
     ]
+    if row_format == "preference" and not faults and fields["chosen"] == fields["rejected"]:
+        faults.append("rejected: is the same as chosen; there is nothing to prefer")
     if row_format == "instruction" and fields.get("input") is not None:
         faults += _find_text_faults("input", fields["input"])
     return faults

@@ -2,7 +2,12 @@
 
 The stream is endless: epoch after epoch, each a permutation of all rows by (seed, epoch), laid
 end to end. A step takes the next ``global_batch_size`` rows, rank r the r-th contiguous part of
-them, in micro-batches.
+them, in micro-batches. Where the workers don't divide the micro-batches of a step, the first
+ranks have one more, and the others an empty one: all make the same number of passes.
+
+Rows may come in groups (one for each file) with a weight, the passes over the group in an epoch.
+A group's rows are drawn in turn, from one permutation of them after another, so that a part of a
+pass sees other rows in the next epoch.
 
 Invariant: which rows a step has does not depend on the world size, none is lost or repeated
 within an epoch, and the position (in rows) alone says what comes next. Under packing a "row" of
@@ -11,12 +16,16 @@ the stream is a packed sequence.
 
 import itertools
 import math
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
+import torch
 from datasets import Dataset
+from torch import Tensor
 
 from s2ft_ray.config import OptimConfig
 from s2ft_ray.data.batches import MicroBatch, Sample, build_micro_batch
@@ -24,16 +33,28 @@ from s2ft_ray.data.packing import pack_rows
 from s2ft_ray.data.token_counts import count_tokens
 from s2ft_ray.errors import CheckpointError
 
+Group = tuple[int, float]
+"""How many rows, one after the other, and their weight."""
+GROUP_STREAM = 3
+"""Keeps this draw apart from those of the epochs, which are seeded by 2-tuples."""
+
+MIN_CALIBRATION_ROWS = 32
+
 
 @dataclass(frozen=True)
 class Step:
     """One rank's part of an optimizer step."""
 
-    micro_batches: list[MicroBatch]
+    micro_batches: list[MicroBatch | None]
     num_targets: int
-    """Targets of the whole step, over all ranks: what the loss is divided by."""
+    """Targets of the whole step, over all ranks."""
+    normalizer: float
+    """What the summed loss is divided by: the targets, each times its row's weight, or the pairs
+    of preferences; of the whole step too."""
     lines: list[int]
     """Lines in the data file of this rank's rows."""
+    files: list[int]
+    """Which file each of them is from, counted from 0."""
 
 
 def num_steps(config: OptimConfig, num_rows: int) -> int:
@@ -44,11 +65,34 @@ def num_steps(config: OptimConfig, num_rows: int) -> int:
     return math.ceil(epochs * num_rows / config.global_batch_size)
 
 
-def num_sequences(dataset: Dataset, packing: int | None, seed: int) -> int:
+def num_sequences(
+    dataset: Dataset, packing: int | None, seed: int, groups: Sequence[Group] | None = None
+) -> int:
     """Return the rows (packed sequences) of one epoch of a ``TrainLoader`` with these arguments."""
+    groups = groups or [(len(dataset), 1.0)]
     if packing is None:
-        return len(dataset)
-    return len(pack_rows(count_tokens(dataset)[0], packing, seed))
+        return sum(_drawn(*group) for group in groups)
+    packed = _pack_groups(count_tokens(dataset)[0], packing, seed, groups)
+    return sum(
+        _drawn(len(group), weight) for group, (_, weight) in zip(packed, groups, strict=True)
+    )
+
+
+def _drawn(count: int, weight: float) -> int:
+    """Rows of a group in one epoch."""
+    return max(1, round(count * weight))
+
+
+def _pack_groups(
+    lengths: npt.NDArray[np.int64], packing: int, seed: int, groups: Sequence[Group]
+) -> list[list[list[int]]]:
+    """Pack the rows of each group by themselves."""
+    packed, start = [], 0
+    for count, _ in groups:
+        sequences = pack_rows(lengths[start : start + count], packing, seed)
+        packed.append([[start + row for row in sequence] for sequence in sequences])
+        start += count
+    return packed
 
 
 class TrainLoader:
@@ -69,11 +113,12 @@ class TrainLoader:
         seed: int,
         pad_id: int,
         packing: int | None = None,
+        groups: Sequence[Group] | None = None,
     ) -> None:
-        if global_batch_size % (micro_batch_size * world_size):
+        if global_batch_size % micro_batch_size:
             raise ValueError(
                 f"global_batch_size {global_batch_size} is no multiple of micro_batch_size"
-                f" {micro_batch_size} x world_size {world_size}"
+                f" {micro_batch_size}"
             )
         self._dataset = dataset
         self._global_batch_size = global_batch_size
@@ -83,7 +128,16 @@ class TrainLoader:
         self._seed = seed
         self._pad_id = pad_id
         lengths, self._targets = count_tokens(dataset)
-        self._sequences = pack_rows(lengths, packing, seed) if packing is not None else None
+        self._is_paired = is_paired(dataset)
+        self._weights = read_weights(dataset)
+        self._groups = list(groups or [(len(dataset), 1.0)])
+        self._file_ends = np.cumsum([count for count, _ in self._groups])
+        self._sequences: list[list[int]] | None = None
+        if packing is not None:
+            packed = _pack_groups(lengths, packing, seed, self._groups)
+            self._sequences = [sequence for group in packed for sequence in group]
+            weights = [weight for _, weight in self._groups]
+            self._groups = [(len(g), weight) for g, weight in zip(packed, weights, strict=True)]
         self._position = 0
         self._epoch = -1
         self._order = np.empty(0, dtype=np.int64)
@@ -91,22 +145,37 @@ class TrainLoader:
     @property
     def num_rows(self) -> int:
         """Rows (packed sequences) in one epoch: what ``num_steps`` wants."""
-        return len(self._targets if self._sequences is None else self._sequences)
+        return sum(_drawn(*group) for group in self._groups)
 
     def next_step(self) -> Step:
         """Return this rank's part of the next step and move on."""
         stop = self._position + self._global_batch_size
         step = [self._sequence_at(position) for position in range(self._position, stop)]
         self._position = stop
-        share = self._global_batch_size // self._world_size
-        mine = _read(self._dataset, step[self._rank * share : (self._rank + 1) * share])
+        first, last = self._share()
+        mine = _read(self._dataset, step[first:last])
+        size = self._micro_batch_size
+        place = (self._position - self._global_batch_size + first) // size
+        micro_batches: list[MicroBatch | None] = [
+            build_micro_batch(_rows(mine[start : start + size]), self._pad_id, place + number)
+            for number, start in enumerate(range(0, len(mine), size))
+        ]
+        passes = -(-self._global_batch_size // (self._micro_batch_size * self._world_size))
+        rows = [row for sequence in step for row in sequence]
+        num_targets = int(self._targets[rows].sum())
+        weighted = float((self._targets[rows] * self._weights[rows]).sum())
         return Step(
-            micro_batches=[
-                build_micro_batch(mine[start : start + self._micro_batch_size], self._pad_id)
-                for start in range(0, share, self._micro_batch_size)
+            micro_batches=micro_batches + [None] * (passes - len(micro_batches)),
+            num_targets=num_targets,
+            normalizer=float(len(step)) if self._is_paired else weighted,
+            lines=[sequence[0].line for sequence in mine]
+            if self._is_paired
+            else [sample.line for sequence in mine for sample in sequence],
+            files=[
+                int(np.searchsorted(self._file_ends, row, side="right"))
+                for sequence in step[first:last]
+                for row in sequence
             ],
-            num_targets=sum(int(self._targets[row]) for sequence in step for row in sequence),
-            lines=[sample.line for sequence in mine for sample in sequence],
         )
 
     def state_dict(self) -> dict[str, Any]:
@@ -124,13 +193,36 @@ class TrainLoader:
                 )
         self._position = int(state["position"])
 
+    def _share(self) -> tuple[int, int]:
+        """Return this rank's range of a step's rows: whole micro-batches."""
+        each, more = divmod(self._global_batch_size // self._micro_batch_size, self._world_size)
+        first = self._rank * each + min(self._rank, more)
+        last = first + each + (self._rank < more)
+        return first * self._micro_batch_size, last * self._micro_batch_size
+
     def _sequence_at(self, position: int) -> list[int]:
         epoch, index = divmod(position, self.num_rows)
         if epoch != self._epoch:
-            generator = np.random.default_rng((self._seed, epoch))
-            self._order, self._epoch = generator.permutation(self.num_rows), epoch
+            self._order, self._epoch = self._draw(epoch), epoch
         row = int(self._order[index])
         return [row] if self._sequences is None else self._sequences[row]
+
+    def _draw(self, epoch: int) -> npt.NDArray[np.int64]:
+        """Return the rows (packed sequences) of an epoch in their order."""
+        order = np.random.default_rng((self._seed, epoch)).permutation(self.num_rows)
+        if all(weight == 1.0 for _, weight in self._groups):
+            return order
+        rows: list[npt.NDArray[np.int64]] = []
+        start = 0
+        for number, (count, weight) in enumerate(self._groups):
+            drawn = _drawn(count, weight)
+            places = np.arange(epoch * drawn, (epoch + 1) * drawn)
+            for turn in range(int(places[0]) // count, int(places[-1]) // count + 1):
+                seeds = (self._seed, turn, GROUP_STREAM, number)
+                turned = np.random.default_rng(seeds).permutation(count)
+                rows.append(start + turned[places[places // count == turn] % count])
+            start += count
+        return np.concatenate(rows)[order]
 
 
 def eval_batches(
@@ -138,8 +230,10 @@ def eval_batches(
 ) -> list[MicroBatch | None]:
     """Return this rank's micro-batches of all rows in order: batch i belongs to rank i mod world.
 
-    Every rank gets the same number; None where the rows have run out.
+    Every rank gets the same number; None where the rows have run out. Weights don't count.
     """
+    if "weight" in dataset.column_names:
+        dataset = dataset.remove_columns("weight")
     starts = range(0, len(dataset), micro_batch_size)
     batches: list[MicroBatch | None] = []
     for first in range(0, len(starts), world_size):
@@ -148,12 +242,61 @@ def eval_batches(
             continue
         start = starts[first + rank]
         rows = range(start, min(start + micro_batch_size, len(dataset)))
-        batches.append(build_micro_batch(_read(dataset, [[row] for row in rows]), pad_id))
+        batches.append(build_micro_batch(_rows(_read(dataset, [[row] for row in rows])), pad_id))
     return batches
+
+
+def calibration_batches(
+    dataset: Dataset, share: float, batch_size: int, pad_id: int
+) -> Iterator[dict[str, Tensor]]:
+    """Yield rows of the data as a Hugging Face model takes them, for every rank the same.
+
+    They are a `share` of all rows, at least 32, evenly spaced and padded on the right.
+    """
+    count = min(len(dataset), max(MIN_CALIBRATION_ROWS, round(share * len(dataset))))
+    rows = [index * len(dataset) // count for index in range(count)]
+    for start in range(0, count, batch_size):
+        read = _read(dataset, [[row] for row in rows[start : start + batch_size]])
+        samples = [sequence[0] for sequence in read]  # of a pair the chosen one
+        batch = build_micro_batch([[sample] for sample in samples], pad_id)
+        lengths = torch.tensor([len(sample.input_ids) for sample in samples])
+        mask = torch.arange(batch.input_ids.shape[1]) < lengths.unsqueeze(1)
+        yield {
+            "input_ids": batch.input_ids,
+            "attention_mask": mask.long(),
+            "labels": batch.labels,
+        }
+
+
+def is_paired(dataset: Dataset) -> bool:
+    """Return whether the rows are pairs of answers."""
+    return "rejected_ids" in dataset.column_names and bool(dataset[0]["rejected_ids"])
+
+
+def read_weights(dataset: Dataset) -> npt.NDArray[np.float64]:
+    """Return the weight of each row."""
+    if "weight" not in dataset.column_names:
+        return np.ones(len(dataset))
+    weights = dataset.select_columns("weight").with_format("numpy")[:]["weight"]
+    return np.asarray(weights, dtype=np.float64)
+
+
+def _rows(sequences: list[list[Sample]]) -> list[list[Sample]]:
+    """Lay out a micro-batch: a sequence is a row; a pair is two, the chosen answer first."""
+    is_pair = len(sequences[0]) == 2 and sequences[0][1].is_rejected
+    return [[sample] for pair in sequences for sample in pair] if is_pair else sequences
 
 
 def _read(dataset: Dataset, sequences: list[list[int]]) -> list[list[Sample]]:
     columns = dataset[[row for sequence in sequences for row in sequence]]
-    fields = (columns[name] for name in ("input_ids", "target_mask", "line"))
-    samples = map(Sample, *fields)
-    return [list(itertools.islice(samples, len(sequence))) for sequence in sequences]
+    weights = columns.get("weight") or [1.0] * len(columns["line"])
+    samples = map(Sample, columns["input_ids"], columns["target_mask"], columns["line"], weights)
+    read = [list(itertools.islice(samples, len(sequence))) for sequence in sequences]
+    if not any(columns.get("rejected_ids", [])):
+        return read
+    others = zip(columns["rejected_ids"], columns["rejected_mask"], columns["line"], strict=True)
+    pairs = [
+        (sample, Sample(*other, is_rejected=True))
+        for (sample,), other in zip(read, others, strict=True)
+    ]
+    return [list(pair) for pair in pairs]

@@ -15,13 +15,14 @@ from typing import Any, Self
 
 import datasets
 import numpy as np
-from datasets import Dataset
+from datasets import Dataset, concatenate_datasets
 from transformers import PreTrainedTokenizerBase
 
 from s2ft_ray.config import DataConfig
 from s2ft_ray.data.encoding import Encoder
 from s2ft_ray.data.formats import bos_ids
-from s2ft_ray.data.source import SourceFile
+from s2ft_ray.data.loader import Group
+from s2ft_ray.data.location import open_source
 from s2ft_ray.data.token_counts import count_tokens
 from s2ft_ray.data.validation import Faults, ValidatedFile, validate_file
 from s2ft_ray.errors import DataError
@@ -41,6 +42,9 @@ class Source:
     sha256: str
     num_rows: int
     """Rows that can be trained on."""
+    train_rows: int = 0
+    """Of them, those that are: not held out. The training rows lie file after file."""
+    weight: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -97,6 +101,11 @@ class PreparedData:
     eval_prompts: list[EvalPrompt]
     report: DataReport
 
+    @property
+    def groups(self) -> list[Group]:
+        """The training rows of each file, in their order, and the file's weight."""
+        return [(one.train_rows, one.weight) for one in self.report.sources if one.train_rows]
+
     def save(self, folder: str | Path) -> None:
         """Write everything below `folder`."""
         folder = Path(folder)
@@ -124,41 +133,62 @@ class PreparedData:
             raise DataError(f"{folder}: holds no complete prepared data: {error}") from error
 
 
-def prepare_data(config: DataConfig, tokenizer: PreTrainedTokenizerBase, seed: int) -> PreparedData:
+def prepare_data(
+    config: DataConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    seed: int,
+    cache: Path | None = None,
+) -> PreparedData:
     """Validate every row of every file, encode them, hold rows out where no eval file is named.
 
-    `tokenizer` carries the chat template that is to be used. Raises DataError with every file's
+    `tokenizer` carries the chat template that is to be used; `cache` is the folder of encoded
+    files, without one they are kept in memory. Raises DataError with every file's
     faults together, ConfigError where the config or the tokenizer can't do this data.
     """
-    encoder = Encoder(tokenizer, max_seq_len=config.max_seq_len, train_on=config.train_on)
+    encoder = Encoder(
+        tokenizer,
+        max_seq_len=config.max_seq_len,
+        train_on=config.train_on,
+        weight_key=config.weight_key,
+    )
     faults = Faults()
-    files, fatal = _validate_files(config, encoder, faults)
+    files, fatal = _validate_files(config, encoder, faults, cache)
     if fatal or (faults.num_rows and config.invalid_rows == "error"):
         raise DataError(*faults.shown, *fatal, *_summarize(faults, config))
     empty = [_describe_empty(file) for file in files if not len(file.rows)]
     if empty:
         raise DataError(*faults.shown, *empty)
-    train, held_out = _split(files, seed)
+    train, held_out, counts = _split(files, config, seed)
+    weights = [file.weight for file in config.train_files]
     return PreparedData(
         train=train,
         eval=held_out,
         eval_prompts=_eval_prompts(held_out, tokenizer),
-        report=_report(files, train, held_out, faults, _find_notes(train, tokenizer, config)),
+        report=_report(
+            _sources(files, counts, weights),
+            files,
+            train,
+            held_out,
+            faults,
+            _find_notes(train, tokenizer, config),
+        ),
     )
 
 
 def _validate_files(
-    config: DataConfig, encoder: Encoder, faults: Faults
+    config: DataConfig, encoder: Encoder, faults: Faults, cache: Path | None
 ) -> tuple[list[ValidatedFile], list[str]]:
+    """Validate the files to train on, then the held-out one where there is one."""
     files: list[ValidatedFile] = []
     fatal: list[str] = []
-    for key, path in (("data.train", config.train), ("data.eval", config.eval)):
-        if path is None:
-            continue
+    named = [("data.train", file.path) for file in config.train_files]
+    if config.eval is not None:
+        named.append(("data.eval", config.eval))
+    for key, path in named:
         known = files[0].format if files else None
         try:
-            source = SourceFile(path, key)
-            files.append(validate_file(source, encoder, known or config.format, faults))
+            source = open_source(path, key)
+            files.append(validate_file(source, encoder, known or config.format, faults, cache))
         except DataError as error:
             fatal += error.faults
     return files, fatal
@@ -185,10 +215,13 @@ def _describe_empty(file: ValidatedFile) -> str:
     return f"{file.path}: is empty; it needs at least one row"
 
 
-def _split(files: list[ValidatedFile], seed: int) -> tuple[Dataset, Dataset]:
-    rows = files[0].rows
-    if len(files) == 2:
-        return rows, files[1].rows
+def _split(
+    files: list[ValidatedFile], config: DataConfig, seed: int
+) -> tuple[Dataset, Dataset, list[int]]:
+    """Return the rows to train on, the held-out ones, and how many of the first each file has."""
+    if config.eval is not None:
+        return _join(files[:-1]), files[-1].rows, [len(file.rows) for file in files[:-1]]
+    rows = _join(files)
     if len(rows) < 2:
         raise DataError(
             f"{files[0].path}: has 1 row, and one must be held out for evaluation;"
@@ -196,7 +229,14 @@ def _split(files: list[ValidatedFile], seed: int) -> tuple[Dataset, Dataset]:
         )
     count = count_held_out(len(rows))
     order = np.random.default_rng((seed, 0, SPLIT_STREAM)).permutation(len(rows))
-    return rows.select(np.sort(order[count:])), rows.select(np.sort(order[:count]))
+    kept = np.sort(order[count:])
+    ends = np.cumsum([len(file.rows) for file in files])
+    counts = np.diff(np.searchsorted(kept, ends), prepend=0).tolist()
+    return rows.select(kept), rows.select(np.sort(order[:count])), counts
+
+
+def _join(files: list[ValidatedFile]) -> Dataset:
+    return files[0].rows if len(files) == 1 else concatenate_datasets([f.rows for f in files])
 
 
 def count_held_out(num_rows: int) -> int:
@@ -237,7 +277,14 @@ def _find_notes(rows: Dataset, tokenizer: PreTrainedTokenizerBase, config: DataC
     return notes
 
 
+def _sources(files: list[ValidatedFile], counts: list[int], weights: list[float]) -> list[Source]:
+    more = len(files) - len(counts)  # the held-out file
+    parts = zip(files, [*counts, *[0] * more], [*weights, *[1.0] * more], strict=True)
+    return [Source(f.path, f.sha256, len(f.rows), count, weight) for f, count, weight in parts]
+
+
 def _report(
+    sources: list[Source],
     files: list[ValidatedFile],
     train: Dataset,
     held_out: Dataset,
@@ -250,7 +297,7 @@ def _report(
     joined = hashlib.sha256("".join(digests).encode()).hexdigest()
     return DataReport(
         format=str(files[0].format),
-        sources=[Source(file.path, file.sha256, len(file.rows)) for file in files],
+        sources=sources,
         digest=digests[0] if len(digests) == 1 else joined,
         rows=len(train),
         eval_rows=len(held_out),

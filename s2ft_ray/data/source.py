@@ -5,13 +5,13 @@ byte order mark, an array's brackets), and a row that can't be read doesn't hide
 JSONL is streamed; an array is read whole.
 """
 
-import hashlib
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
+from functools import cached_property
 from typing import Any, BinaryIO
 
+from s2ft_ray.data.files import digest_file, open_file
 from s2ft_ray.errors import DataError
 
 UTF8_BOM = b"\xef\xbb\xbf"
@@ -32,44 +32,32 @@ class Record:
 
 
 class SourceFile:
-    """A readable data file; after ``records()`` has ended, ``sha256`` is that of its bytes.
+    """A readable data file, local or behind a URL.
 
     `key` is the config's key that named the file. Raises DataError where nothing can be read.
     """
 
     def __init__(self, path: str, key: str) -> None:
         self.path = path
-        self._file = Path(path).expanduser()
-        self._digest = hashlib.sha256()
-        try:
-            with self._file.open("rb") as file:
-                head = file.read(4096)
-        except FileNotFoundError:
-            raise DataError(
-                f"{key}: {path}: no such file (looked for {self._file.absolute()});"
-                " name a JSONL or JSON file"
-            ) from None
-        except IsADirectoryError:
-            raise DataError(f"{key}: {path} is a folder; name a JSONL or JSON file in it") from None
-        except OSError as error:
-            raise DataError(f"{key}: {path}: can't be read: {error.strerror or error}") from error
+        self._key = key
+        with open_file(path, key) as file:
+            head = file.read(4096)
         if head.startswith(UTF16_BOMS):
             raise DataError(f"{path}:1: is UTF-16; {AS_UTF8}")
         self._is_array = head.removeprefix(UTF8_BOM).lstrip().startswith(b"[")
 
-    @property
+    @cached_property
     def sha256(self) -> str:
-        """Digest of the bytes read so far, in hex."""
-        return self._digest.hexdigest()
+        """Digest of the file's bytes, in hex."""
+        return digest_file(self.path, self._key)
 
     def records(self) -> Iterator[Record]:
         """Read the rows in order. Raises DataError where the rest of an array can't be read."""
-        with self._file.open("rb") as file:
+        with open_file(self.path, self._key) as file:
             yield from self._array(file) if self._is_array else self._lines(file)
 
     def _lines(self, file: BinaryIO) -> Iterator[Record]:
         for number, raw in enumerate(file, 1):
-            self._digest.update(raw)
             content = raw.removeprefix(UTF8_BOM) if number == 1 else raw
             if content.isspace() or not content:
                 continue
@@ -79,7 +67,6 @@ class SourceFile:
 
     def _array(self, file: BinaryIO) -> Iterator[Record]:
         raw = file.read()
-        self._digest.update(raw)
         try:
             text = raw.removeprefix(UTF8_BOM).decode("utf-8")
         except UnicodeDecodeError as error:

@@ -1,24 +1,30 @@
 """A whole data file, read, checked and encoded before anything else starts.
 
 Every row is looked at, whatever the rows before it were like; the rows stream through in
-batches, so memory holds the encoded rows and one batch of text.
+batches, so memory holds one batch. With a cache the encoded rows go to disk and are mapped back:
+a file may be larger than memory.
 
 Invariant: a row is either encoded or faulty, and each faulty one is counted; the first
 ``NUM_SHOWN`` faults are kept as lines ``file:line: field: what is wrong; way out``.
 """
 
 import itertools
+import math
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
-from typing import Literal
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any, Literal
 
 import pyarrow as pa
 from datasets import Dataset, DatasetInfo, Features, List, Value
-from datasets.table import InMemoryTable
+from datasets.table import InMemoryTable, MemoryMappedTable, Table
 
+from s2ft_ray.data.cache import CacheEntry
 from s2ft_ray.data.encoding import EncodedRow, Encoder, RowFault
 from s2ft_ray.data.formats import KNOWN_FORMATS, Format, detect_format, find_faults
-from s2ft_ray.data.source import Record, SourceFile
+from s2ft_ray.data.location import DataSource
+from s2ft_ray.data.source import Record
+from s2ft_ray.errors import DataError
 
 NUM_SHOWN = 20
 ROWS_PER_BATCH = 1_000
@@ -28,6 +34,9 @@ FEATURES = Features(
         "target_mask": List(Value("bool")),
         "prompt_len": Value("int32"),
         "line": Value("int64"),
+        "weight": Value("float32"),
+        "rejected_ids": List(Value("int32")),
+        "rejected_mask": List(Value("bool")),
     }
 )
 
@@ -49,6 +58,12 @@ class Faults:
             if len(self.shown) < NUM_SHOWN:
                 self.shown.append(f"{where}: {fault}")
 
+    def extend(self, other: "Faults") -> None:
+        """Add the faults of another file."""
+        self.num_rows += other.num_rows
+        self.num_faults += other.num_faults
+        self.shown += other.shown[: NUM_SHOWN - len(self.shown)]
+
 
 @dataclass(frozen=True)
 class ValidatedFile:
@@ -65,30 +80,80 @@ class ValidatedFile:
 
 
 def validate_file(
-    source: SourceFile, encoder: Encoder, row_format: Format | Literal["auto"], faults: Faults
+    source: DataSource,
+    encoder: Encoder,
+    row_format: Format | Literal["auto"],
+    faults: Faults,
+    cache: Path | None = None,
 ) -> ValidatedFile:
     """Read a whole file; what is wrong with its rows goes to `faults`.
 
     ``auto`` takes the format of the first row that fits one; every other row must have it too.
+    With a `cache` a file that was read before isn't read again.
     """
-    known: Format | None = None if row_format == "auto" else row_format
-    tables: list[pa.Table] = []
-    num_read = num_truncated = 0
-    for batch in _batched(source.records()):
-        if known is None:
-            known = next(filter(None, (detect_format(record.fields) for record in batch)), None)
-        rows = list(_encode_batch(batch, source.path, encoder, known, faults))
-        num_read += len(batch)
-        num_truncated += sum(row.is_truncated for _, row in rows)
-        tables.append(_to_table(rows))
-    return ValidatedFile(
-        path=source.path,
-        sha256=source.sha256,
-        format=known,
-        rows=_to_dataset(tables, source.sha256),
-        num_read=num_read,
-        num_truncated=num_truncated,
+    if cache is None:
+        buffer = pa.BufferOutputStream()
+        file, found = _read_rows(source, encoder, row_format, buffer)
+        faults.extend(found)
+        table = InMemoryTable.from_buffer(buffer.getvalue())
+        return _to_file(source, file, table)
+    entry = CacheEntry(
+        cache, file=source.sha256, encoder=encoder.identity, row_format=str(row_format)
     )
+    about = entry.read()
+    if about is None:
+        about = _fill(entry, source, encoder, row_format)
+    kept = about["faults"]
+    prefix = about["path"]  # the same bytes may have had another name
+    kept["shown"] = [source.path + line.removeprefix(prefix) for line in kept["shown"]]
+    faults.extend(Faults(**kept))
+    return _to_file(source, about["file"], MemoryMappedTable.from_file(str(entry.rows)))
+
+
+def _fill(
+    entry: CacheEntry, source: DataSource, encoder: Encoder, row_format: Format | Literal["auto"]
+) -> dict[str, Any]:
+    try:
+        with pa.OSFile(str(entry.begin()), "wb") as sink:
+            file, found = _read_rows(source, encoder, row_format, sink)
+        about = {"path": source.path, "file": file, "faults": asdict(found)}
+        entry.commit(about)
+    except OSError as error:
+        raise DataError(
+            f"{entry.folder.parent}: encoded rows can't be kept there"
+            f" ({error.strerror or error}); make room, or set S2FT_HOME to another disk"
+        ) from error
+    finally:
+        entry.discard()
+    return about
+
+
+def _read_rows(
+    source: DataSource,
+    encoder: Encoder,
+    row_format: Format | Literal["auto"],
+    sink: pa.NativeFile,
+) -> tuple[dict[str, Any], Faults]:
+    """Encode the rows into `sink`; return the file's figures and its faults."""
+    known: Format | None = None if row_format == "auto" else row_format
+    faults = Faults()
+    num_read = num_truncated = 0
+    with pa.ipc.new_stream(sink, FEATURES.arrow_schema) as writer:
+        for batch in _batched(source.records()):
+            if known is None:
+                known = next(filter(None, (detect_format(record.fields) for record in batch)), None)
+            rows = list(_encode_batch(batch, source.path, encoder, known, faults))
+            num_read += len(batch)
+            num_truncated += sum(row.is_truncated for _, row in rows)
+            writer.write_table(_to_table(rows))
+    return {"format": known, "num_read": num_read, "num_truncated": num_truncated}, faults
+
+
+def _to_file(source: DataSource, about: dict[str, Any], table: Table) -> ValidatedFile:
+    # A given fingerprint spares datasets the hashing of all rows.
+    info, fingerprint = DatasetInfo(features=FEATURES), source.sha256[:16]
+    rows = Dataset(table, info=info, fingerprint=fingerprint)
+    return ValidatedFile(path=source.path, sha256=source.sha256, rows=rows, **about)
 
 
 def _batched(records: Iterator[Record]) -> Iterator[list[Record]]:
@@ -99,24 +164,38 @@ def _batched(records: Iterator[Record]) -> Iterator[list[Record]]:
 def _encode_batch(
     batch: list[Record], path: str, encoder: Encoder, row_format: Format | None, faults: Faults
 ) -> Iterator[tuple[int, EncodedRow]]:
-    found = [_find_record_faults(record, row_format) for record in batch]
+    found = [_find_record_faults(record, row_format, encoder.weight_key) for record in batch]
     good = [record.fields for record, wrong in zip(batch, found, strict=True) if not wrong]
     encoded = iter(encoder.encode(good, row_format) if row_format and good else [])
     for record, wrong in zip(batch, found, strict=True):
         row = None if wrong else next(encoded)
         if isinstance(row, EncodedRow):
-            yield record.line, row
+            weight = 1.0 if encoder.weight_key is None else record.fields[encoder.weight_key]
+            yield record.line, replace(row, weight=weight)
         else:
             faults.add(f"{path}:{record.where}", [row.text] if isinstance(row, RowFault) else wrong)
 
 
-def _find_record_faults(record: Record, row_format: Format | None) -> list[str]:
+def _find_record_faults(
+    record: Record, row_format: Format | None, weight_key: str | None
+) -> list[str]:
     if record.fault is not None:
         return [record.fault]
     if row_format is None:
         keys = ", ".join(record.fields) or "none"
         return [f"its keys ({keys}) fit no known format; known: {KNOWN_FORMATS}; rename the keys"]
-    return find_faults(record.fields, row_format)
+    faults = find_faults(record.fields, row_format)
+    if weight_key is not None:
+        faults += _find_weight_faults(record.fields.get(weight_key), weight_key)
+    return faults
+
+
+def _find_weight_faults(weight: Any, key: str) -> list[str]:
+    is_number = isinstance(weight, int | float) and not isinstance(weight, bool)
+    if is_number and 0 < weight < math.inf:
+        return []
+    shown = "is missing" if weight is None else f"is {weight!r}"
+    return [f"{key}: {shown}; write a number above 0 (data.weight_key names it)"]
 
 
 def _to_table(rows: list[tuple[int, EncodedRow]]) -> pa.Table:
@@ -125,12 +204,8 @@ def _to_table(rows: list[tuple[int, EncodedRow]]) -> pa.Table:
         "target_mask": [row.target_mask for _, row in rows],
         "prompt_len": [row.prompt_len for _, row in rows],
         "line": [line for line, _ in rows],
+        "weight": [row.weight for _, row in rows],
+        "rejected_ids": [row.rejected_ids for _, row in rows],
+        "rejected_mask": [row.rejected_mask for _, row in rows],
     }
     return pa.Table.from_pydict(columns, schema=FEATURES.arrow_schema)
-
-
-def _to_dataset(tables: list[pa.Table], fingerprint: str) -> Dataset:
-    """Join the tables in memory; a given fingerprint spares datasets the hashing of all rows."""
-    table = pa.concat_tables(tables) if tables else _to_table([])
-    info = DatasetInfo(features=FEATURES)
-    return Dataset(InMemoryTable(table), info=info, fingerprint=fingerprint[:16])

@@ -2,7 +2,8 @@
 
     checkpoints/step-00000050/
         *.distcp, .metadata   tensors, by torch.distributed.checkpoint: any world size can read them
-        checkpoint.json       step, loader's position, world size, and the digest of each file
+        checkpoint.json       step, loader's position, world size, the best evaluation so far,
+                              and the digest of each file
 
 Invariant: a folder named ``step-*`` is complete and was read back equal on every worker; it is
 written under another name and renamed. ``.metadata`` is a pickle: load from your own storage only.
@@ -14,7 +15,7 @@ import logging
 import os
 import shutil
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ from torch.distributed.tensor import DTensor
 
 from s2ft_ray.data import TrainLoader
 from s2ft_ray.errors import CheckpointError
+from s2ft_ray.training.evaluation import Standing
 from s2ft_ray.training.parallel import Workers
 
 logger = logging.getLogger(__name__)
@@ -43,13 +45,18 @@ class TrainState:
     loader: TrainLoader
     step: int = 0
     """Steps done."""
+    standing: Standing = field(default_factory=Standing)
 
 
 class Checkpointer:
     """Saves and restores a TrainState under one folder, with all workers together."""
 
-    def __init__(self, folder: Path, *, keep: int, workers: Workers) -> None:
+    def __init__(
+        self, folder: Path, *, keep: int, workers: Workers, keep_best: bool = False
+    ) -> None:
+        """`keep_best` also keeps the one at the step of the best evaluation."""
         self._folder = folder
+        self.keep_best = keep_best
         self._keep = keep
         self._workers = workers
 
@@ -85,10 +92,27 @@ class Checkpointer:
             tensors.pop("rng")  # streams of other workers mean nothing to these
         self._together(folder, lambda: state_dict_loader.load(tensors, checkpoint_id=folder))
         state.step = manifest["step"]
+        state.standing = Standing(**manifest["standing"])
         state.loader.load_state_dict(manifest["loader"])
         if "rng" in tensors:
             _set_rng_state(tensors["rng"][f"rank{self._workers.rank}"])
         return state.step
+
+    def restore_slices(self, state: TrainState, step: int) -> bool:
+        """Load the slices of the checkpoint at `step` alone; return False where it isn't sound."""
+        folder = self._folder / f"step-{step:08d}"
+        sound = [True]
+        if self._workers.rank == 0:
+            try:
+                _verify_files(folder)
+            except CheckpointError as error:
+                logger.warning("the best checkpoint can't be used: %s", error)
+                sound[0] = False
+        dist.broadcast_object_list(sound)
+        if sound[0]:
+            tensors = {"slices": _tensors_of(state, self._workers)["slices"]}
+            self._together(folder, lambda: state_dict_loader.load(tensors, checkpoint_id=folder))
+        return sound[0]
 
     def newest_step(self) -> int:
         """Return the step of the newest committed checkpoint, 0 where there is none."""
@@ -122,6 +146,7 @@ class Checkpointer:
         manifest = {
             "step": state.step,
             "world_size": self._workers.world_size,
+            "standing": asdict(state.standing),
             "loader": state.loader.state_dict(),
             "files": {path.name: _digest(path) for path in sorted(partial.iterdir())},
         }
@@ -130,8 +155,10 @@ class Checkpointer:
             file.flush()
             os.fsync(file.fileno())
         partial.rename(final)
+        best = f"step-{state.standing.step:08d}" if self.keep_best else None
         for old in self._committed()[: -self._keep]:
-            shutil.rmtree(old)
+            if old.name != best:
+                shutil.rmtree(old)
 
     def _together(self, folder: Path, action: Callable[[], object]) -> None:
         """Run a collective of DCP; its failure is a CheckpointError on every worker."""

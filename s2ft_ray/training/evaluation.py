@@ -13,42 +13,68 @@ from torch import nn
 from transformers import GenerationMixin, PreTrainedTokenizerBase
 
 from s2ft_ray.data import EvalPrompt, MicroBatch
-from s2ft_ray.training.loop import target_loss
+from s2ft_ray.training.objective import CrossEntropy, Objective, Preference, idle_loss
 from s2ft_ray.training.parallel import Workers, reshard
 
 
 @dataclass(frozen=True)
 class EvalResult:
-    """Means over the target tokens of the held-out rows."""
+    """Means over the target tokens of the held-out rows; of preferences, over the pairs."""
 
     loss: float
     perplexity: float
+    """0 for preferences."""
     token_accuracy: float
+    """Of preferences: in which share of the pairs the first answer gained on the other."""
     num_targets: int
+
+
+@dataclass
+class Standing:
+    """The best evaluation so far, and how many came since: part of a run's state."""
+
+    loss: float = math.inf
+    step: int = 0
+    num_worse: int = 0
+    """Evaluations since the best one."""
+
+    def add(self, loss: float, step: int) -> bool:
+        """Count an evaluation; return whether it is the best so far."""
+        is_best = loss < self.loss
+        if is_best:
+            self.loss, self.step, self.num_worse = loss, step, 0
+        else:
+            self.num_worse += 1
+        return is_best
 
 
 @torch.no_grad()
 def evaluate(
-    model: nn.Module, batches: Sequence[MicroBatch | None], workers: Workers
+    model: nn.Module,
+    batches: Sequence[MicroBatch | None],
+    workers: Workers,
+    objective: Objective = CrossEntropy(),  # noqa: B008 - frozen
 ) -> EvalResult:
     """Score this worker's `batches`; None is a pass that only keeps step with the others."""
     model.eval()
     loss_sum, correct, targets = 0.0, 0, 0
-    for batch in batches:
+    of_pairs = isinstance(objective, Preference)
+    for batch, reference in zip(batches, objective.refer(model, batches), strict=True):
         if batch is None:
-            model(input_ids=torch.zeros((1, 1), dtype=torch.int64, device=workers.device))
+            idle_loss(model, workers.device)
         else:
-            loss, right = target_loss(model, batch.to(workers.device))
+            loss, right = objective.loss(model, batch.to(workers.device), reference)
             loss_sum += float(loss)
             correct += int(right)
-            targets += batch.num_targets
+            targets += len(batch.labels) // 2 if of_pairs else batch.num_targets
     model.train()
     reshard(model)
     loss_all, correct_all, targets_all = workers.sum([loss_sum, float(correct), float(targets)])
     mean = loss_all / targets_all
     return EvalResult(
         loss=mean,
-        perplexity=math.exp(min(mean, 700.0)),  # exp overflows a float64 above 709
+        # exp overflows a float64 above 709
+        perplexity=0.0 if of_pairs else math.exp(min(mean, 700.0)),
         token_accuracy=correct_all / targets_all,
         num_targets=int(targets_all),
     )

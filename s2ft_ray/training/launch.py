@@ -2,6 +2,11 @@
 
 import logging
 import os
+import re
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +16,7 @@ from ray.train.torch import TorchConfig, TorchTrainer, get_device
 from ray.train.v2.api.exceptions import TrainingFailedError, WorkerGroupError
 
 from s2ft_ray.config import ParallelConfig
-from s2ft_ray.errors import ConfigError, JobError, S2FTError
+from s2ft_ray.errors import ConfigError, JobError, OutOfMemory, S2FTError, WorkersLost
 from s2ft_ray.training.run_folder import RunFolder
 from s2ft_ray.training.worker import run_worker
 
@@ -29,16 +34,18 @@ RAY_TRAIN_SETTINGS = {
 }
 
 
+# torch's own, of CUDA and the CPU's allocator, and Ray's, which kills when a node runs short.
+_OUT_OF_MEMORY = re.compile(r"OutOfMemory|out of memory|can't allocate memory|memory pressure")
+
+
 def check_room(parallel: ParallelConfig) -> None:
     """Refuse a worker group that this cluster can never hold, saying what it has.
 
     Raises ConfigError. Ray itself would wait for ever.
     """
-    count, each = _num_workers(parallel), _resources(parallel)
-    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-    places = sum(
-        min(int(node.get(name, 0) // amount) for name, amount in each.items()) for node in nodes
-    )
+    count, each = _fewest(parallel), _resources(parallel)
+    nodes = _nodes()
+    places = _count_places(each)
     if places < count:
         asked = ", ".join(f"{name} {amount:g}" for name, amount in each.items())
         has = "; ".join(
@@ -54,9 +61,12 @@ def check_room(parallel: ParallelConfig) -> None:
 def train_with_ray(run: RunFolder, parallel: ParallelConfig) -> None:
     """Train the run under Ray Train until its adapter is saved.
 
-    A killed worker restarts the group from the newest checkpoint. Raises the run's own error
-    (bad data, divergence, a full disk), or JobError where the workers were lost too often.
+    A killed worker restarts the group from the newest checkpoint. Raises Preempted when the run
+    was asked to stop (``RunFolder.request_stop``, or SIGTERM to this process) and its checkpoint
+    is saved; the run's own error (bad data, divergence, a full disk); or JobError where the
+    workers were lost too often. A request to stop from before is cleared.
     """
+    run.clear_stop()
     for name, value in RAY_TRAIN_SETTINGS.items():
         os.environ.setdefault(name, value)
     attempt = 1 + len(list(run.path.glob("ray/attempt-*")))
@@ -82,11 +92,34 @@ def train_with_ray(run: RunFolder, parallel: ParallelConfig) -> None:
         ),
     )
     try:
-        fault = trainer.fit().return_value
+        with _stopped_by_sigterm(run):
+            fault = trainer.fit().return_value
     except TrainingFailedError as error:
         raise _explain(error) from error
     if fault is not None:
         raise fault
+
+
+@contextmanager
+def _stopped_by_sigterm(run: RunFolder) -> Iterator[None]:
+    """Let the first SIGTERM to this process ask the run to stop; the second one ends it.
+
+    `ray job stop` sends it, and kills after RAY_JOB_STOP_WAIT_TIME_S (3 s by default).
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield  # only the main thread gets signals
+        return
+    before = signal.getsignal(signal.SIGTERM)
+
+    def stop(_number: int, _frame: object) -> None:
+        signal.signal(signal.SIGTERM, before)
+        run.request_stop("SIGTERM")
+
+    signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _worker_entry(settings: dict[str, Any]) -> S2FTError | None:
@@ -104,17 +137,40 @@ def _explain(error: TrainingFailedError) -> S2FTError:
     if isinstance(error, WorkerGroupError) and error.worker_failures:
         rank, cause = next(iter(sorted(error.worker_failures.items())))
         lines = str(cause).strip().splitlines() or [type(cause).__name__]
-        return JobError(
+        kind = OutOfMemory if _OUT_OF_MEMORY.search(str(cause)) else WorkersLost
+        return kind(
             f"worker {rank} failed {MAX_WORKER_FAILURES + 1} times, last with: {lines[-1]};"
             " its log has the traceback; --resume goes on from the newest checkpoint"
         )
     return JobError(f"Ray Train gave up: {' '.join(str(error).split())}")
 
 
-def _num_workers(parallel: ParallelConfig) -> int:
-    """A range starts at its upper end here: without a queue nobody else wants the room."""
+def _fewest(parallel: ParallelConfig) -> int:
     workers = parallel.num_workers
-    return workers if isinstance(workers, int) else workers[1]
+    return workers if isinstance(workers, int) else workers[0]
+
+
+def _num_workers(parallel: ParallelConfig) -> int:
+    """Return a fixed number, or of a range the most that the cluster holds.
+
+    A range comes here only without a queue. It never reaches Ray Train, which would resize the
+    group by itself.
+    """
+    workers = parallel.num_workers
+    if isinstance(workers, int):
+        return workers
+    return max(workers[0], min(workers[1], _count_places(_resources(parallel))))
+
+
+def _nodes() -> list[dict[str, float]]:
+    return [node["Resources"] for node in ray.nodes() if node["Alive"]]
+
+
+def _count_places(each: dict[str, float]) -> int:
+    """Return how many workers of `each` the whole cluster holds."""
+    return sum(
+        min(int(node.get(name, 0) // amount) for name, amount in each.items()) for node in _nodes()
+    )
 
 
 def _resources(parallel: ParallelConfig) -> dict[str, float]:

@@ -28,7 +28,7 @@ class MetricsLog:
             self._pending.append("\n")  # the writer before was killed within a line
 
     def write(self, kind: str, step: int, **values: Value) -> None:
-        """Append one line; `kind` is ``start``, ``train``, ``eval`` or ``end``."""
+        """Append one line; `kind` is ``start``, ``train``, ``eval``, ``stop`` or ``end``."""
         line = {"kind": kind, "step": step, "time": time.time(), **values}
         self._pending.append(json.dumps(line) + "\n")
         try:

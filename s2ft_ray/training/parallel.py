@@ -1,15 +1,19 @@
 """Where the weights live: the mesh of workers, and FSDP2 over it.
 
-Two layouts of the frozen base, one of the slices:
+Three layouts of the frozen base, one of the slices:
 
 - ``replicate``: each worker holds the whole base, FSDP manages the slices alone. What travels in
-  a step is the slices: one all-gather, one reduce-scatter.
+  a step is the slices: one all-gather for a micro-batch, one reduce-scatter.
 - ``full``: the base is sharded too, gathered layer by layer in forward and backward, never reduced.
+- ``hybrid``: sharded among the workers of a group (by default those of a node), a copy in each
+  group: the base travels inside a group only, slice gradients between the groups too.
 
-Invariant: in both, slices and so their gradients and optimizer state are sharded, gradients are
+Invariant: in each, slices and so their gradients and optimizer state are sharded, gradients are
 summed (not averaged) over workers, and the frozen base is in no optimizer and no reduction.
 """
 
+import math
+import os
 from dataclasses import dataclass
 from typing import Literal
 
@@ -20,12 +24,28 @@ from torch import nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 
-Sharding = Literal["replicate", "full"]
+Sharding = Literal["replicate", "full", "hybrid"]
 
-# Of the memory free for a worker, what the frozen base may take before it is sharded. The rest
-# holds activations, logits and the slices' state; METHOD figures of 7B at 1024 tokens put the
-# base at about half of the peak.
-MAX_BASE_SHARE = 0.5
+
+@dataclass(frozen=True)
+class Layout:
+    """How the weights are laid out over the workers."""
+
+    sharding: Sharding
+    num_workers: int
+    group: int
+    """Workers that hold one copy of the base together: 1 under ``replicate``."""
+
+    @property
+    def slice_shards(self) -> int:
+        """Over how many workers the slices and their optimizer state are spread."""
+        return self.group if self.sharding == "hybrid" else self.num_workers
+
+    @classmethod
+    def of(cls, sharding: Sharding, num_workers: int, group: int) -> "Layout":
+        """Lay out `sharding`; `group` counts under ``hybrid`` alone."""
+        sizes = {"replicate": 1, "full": num_workers, "hybrid": group}
+        return cls(sharding, num_workers, sizes[sharding])
 
 
 @dataclass(frozen=True)
@@ -55,55 +75,60 @@ class Workers:
         dist.all_reduce(total)
         return [float(value) for value in total.tolist()]
 
+    def node_group(self) -> int:
+        """Return the largest group size that divides the workers of every node.
 
-def resolve_sharding(asked: str, base_bytes: int, workers: Workers) -> tuple[Sharding, str]:
-    """Decide where the base lives; return the mode and the reason for the log.
+        Ray Train and torchrun number the workers of a node one after the other, so such groups
+        never reach over a node's edge.
+        """
+        mine = int(os.environ.get("LOCAL_WORLD_SIZE", self.world_size))
+        sizes = [mine] * self.world_size
+        dist.all_gather_object(sizes, mine)
+        return math.gcd(*sizes)
 
-    ``auto`` takes ``replicate`` while the base fits into half of the least free memory that any
-    worker has. Every worker gets the same answer.
-    """
-    if asked == "replicate":
-        return "replicate", "as configured"
-    if asked == "full":
-        return "full", "as configured"
-    assert asked == "auto", "the plan refuses what isn't there"
-    free = torch.tensor(_free_bytes(workers), dtype=torch.float64, device=workers.device)
-    dist.all_reduce(free, op=dist.ReduceOp.MIN)
-    room = float(free) * MAX_BASE_SHARE
-    mode: Sharding = "replicate" if base_bytes <= room else "full"
-    fits = "fits into" if mode == "replicate" else "exceeds"
-    return mode, (
-        f"the base's {base_bytes / 2**20:.1f} MiB {fits} {MAX_BASE_SHARE:.0%} of the"
-        f" {float(free) / 2**20:.0f} MiB free for a worker"
-    )
-
-
-def _free_bytes(workers: Workers) -> int:
-    """Free memory of this worker's device; a host's memory is split among all workers."""
-    if workers.device.type == "cuda":
-        return torch.cuda.mem_get_info(workers.device)[0]
-    return int(psutil.virtual_memory().available) // workers.world_size
+    def free_bytes(self) -> int:
+        """Return the least free memory of a worker; a host's memory is split among its workers."""
+        if self.device.type == "cuda":
+            mine = torch.cuda.mem_get_info(self.device)[0]
+        else:
+            local = int(os.environ.get("LOCAL_WORLD_SIZE", self.world_size))
+            mine = int(psutil.virtual_memory().available) // local
+        least = torch.tensor(mine, dtype=torch.float64, device=self.device)
+        dist.all_reduce(least, op=dist.ReduceOp.MIN)
+        return int(least)
 
 
-def shard_model(model: nn.Module, workers: Workers, sharding: Sharding) -> None:
+def shard_model(model: nn.Module, workers: Workers, layout: Layout) -> None:
     """Apply FSDP2 to each decoder layer and to the model, in place.
 
     `model` is converted, on its device, and the same on every worker.
     """
     frozen = {p for p in model.parameters() if not p.requires_grad}
-    replicate = sharding == "replicate"
+    replicate = layout.sharding == "replicate"
     ignored = frozen if replicate else None
     # In replicate the slices stay gathered from forward to backward: half the gathers, and their
     # bytes are about 1% of the base's.
     reshard = not replicate
-    for layer in [*_decoder_layers(model), model]:
-        fully_shard(layer, mesh=workers.mesh, ignored_params=ignored, reshard_after_forward=reshard)
+    mesh = _build_mesh(workers, layout)
+    for layer in [*decoder_layers(model), model]:
+        fully_shard(layer, mesh=mesh, ignored_params=ignored, reshard_after_forward=reshard)
     for module in model.modules():
         if isinstance(module, FSDPModule):
             # Gloo refuses other divide factors; the loss is divided by the global count of
             # targets instead.
             module.set_gradient_divide_factor(1.0)
             module.set_force_sum_reduction_for_comms(True)
+
+
+def _build_mesh(workers: Workers, layout: Layout) -> DeviceMesh:
+    if layout.sharding != "hybrid":
+        return workers.mesh
+    assert layout.num_workers % layout.group == 0, "resolve_layout takes groups that divide"
+    return init_device_mesh(
+        workers.device.type,
+        (layout.num_workers // layout.group, layout.group),
+        mesh_dim_names=("replicate", "shard"),
+    )
 
 
 def set_gradient_sync(model: nn.Module, enabled: bool) -> None:
@@ -119,8 +144,8 @@ def reshard(model: nn.Module) -> None:
             module.reshard()
 
 
-def _decoder_layers(model: nn.Module) -> list[nn.Module]:
-    """The blocks that Hugging Face declares as not to be split: the decoder layers."""
+def decoder_layers(model: nn.Module) -> list[nn.Module]:
+    """Return the blocks that Hugging Face declares as not to be split: the decoder layers."""
     names: set[str] = set(getattr(model, "_no_split_modules", None) or ())
     layers = [module for module in model.modules() if type(module).__name__ in names]
     assert layers, f"{type(model).__name__} names no decoder layers in _no_split_modules"

@@ -7,34 +7,42 @@ all found and fit each other; its configuration names them so that any process f
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
-from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedTokenizerBase
+from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from s2ft_ray.bases import base_name, load_model_config, load_tokenizer
-from s2ft_ray.config import RunConfig
-from s2ft_ray.data import PreparedData, num_sequences, num_steps, prepare_data, preview
+from s2ft_ray.config import RunConfig, s2ft_home
+from s2ft_ray.data import (
+    PreparedData,
+    absolute_name,
+    num_sequences,
+    num_steps,
+    prepare_data,
+    preview,
+)
 from s2ft_ray.errors import ConfigError, S2FTError
-from s2ft_ray.method import check_supported, count_trainable
+from s2ft_ray.method import check_packing, check_supported, count_trainable
 from s2ft_ray.registry import Parent, resolve_parent
+from s2ft_ray.training.memory import (
+    BaseSize,
+    MemoryEstimate,
+    TrafficEstimate,
+    estimate_checkpoint,
+    estimate_memory,
+    estimate_traffic,
+    measure_base,
+)
+from s2ft_ray.training.parallel import Layout, Sharding
 
 MIB = 2**20
-STATE_BYTES = 16  # of a trained value: the slice, its gradient and Adam's two moments, in fp32
 
 
 @dataclass(frozen=True)
-class MemoryEstimate:
-    """Bytes of one worker at its peak, by what takes them."""
+class Cost:
+    """What a layout of the run takes, on paper."""
 
-    base: int
-    """The frozen weights, where each worker holds all of them."""
-    slices: int
-    """Slices, gradients and optimizer state: this worker's share."""
-    activations: int
-    """What the graph keeps of one micro-batch of the longest sequences, and its logits."""
-
-    @property
-    def total(self) -> int:
-        return self.base + self.slices + self.activations
+    layout: Layout
+    memory: MemoryEstimate
+    traffic: TrafficEstimate
 
 
 @dataclass(frozen=True)
@@ -50,7 +58,8 @@ class RunPlan:
     """Rows in one epoch; packed sequences under packing."""
     num_parameters: int
     num_trainable: int
-    memory: MemoryEstimate
+    costs: list[Cost]
+    """Of the layout that is asked for, or of those that ``auto`` chooses from."""
 
     @property
     def num_steps(self) -> int:
@@ -58,7 +67,7 @@ class RunPlan:
 
     def describe(self) -> str:
         """Return what the job's log begins with: a few lines for a person."""
-        report, memory, optim = self.data.report, self.memory, self.config.optim
+        report, optim = self.data.report, self.config.optim
         unit = "packed sequences" if self.config.data.packing else "rows"
         lines = [
             f"model       {self.config.registered_name}, from {self.config.model.name_or_path}"
@@ -71,13 +80,34 @@ class RunPlan:
             f"tokens      p50 {report.tokens_p50}, p99 {report.tokens_p99},"
             f" max {report.tokens_max}; {report.target_tokens:,} of {report.tokens:,} are targets",
             f"steps       {self.num_steps} of {optim.global_batch_size} {unit}",
-            f"memory      about {memory.total / MIB:,.0f} MiB a worker: base"
-            f" {memory.base / MIB:,.1f}, slices and optimizer {memory.slices / MIB:,.1f},"
-            f" activations {memory.activations / MIB:,.1f}",
+            *map(_describe_memory, self.costs),
+            *map(_describe_traffic, self.costs),
+            f"checkpoint  {estimate_checkpoint(self.num_trainable) / MIB:,.1f} MiB: slices and"
+            " optimizer state",
             *(f"dropped     {fault}" for fault in report.dropped_rows),
             *(f"note        {note}" for note in report.notes),
         ]
         return "\n".join(lines)
+
+
+def _describe_memory(cost: Cost) -> str:
+    memory = cost.memory
+    gathered = f" and {memory.gathered / MIB:,.1f} gathered" if memory.gathered else ""
+    return (
+        f"memory      about {memory.total / MIB:,.0f} MiB on each of {cost.layout.num_workers}"
+        f" worker(s) in {cost.layout.sharding}: base {memory.base / MIB:,.1f}{gathered},"
+        f" slices and optimizer {memory.slices / MIB:,.1f},"
+        f" activations {memory.activations / MIB:,.1f}"
+    )
+
+
+def _describe_traffic(cost: Cost) -> str:
+    traffic = cost.traffic
+    return (
+        f"traffic     about {traffic.total / MIB:,.1f} MiB into each worker in a step of"
+        f" {cost.layout.sharding}: gathered {traffic.gathered / MIB:,.1f},"
+        f" reduced {traffic.reduced / MIB:,.1f}"
+    )
 
 
 def describe_first_row(plan: RunPlan, *, color: bool) -> str:
@@ -99,7 +129,8 @@ def plan_run(config: RunConfig) -> RunPlan:
     num_trainable = 0
     try:
         check_supported(model_config)
-        _check_sharding(config)
+        if config.data.packing:
+            check_packing(model_config)
         parent = resolve_parent(config)
         if parent:
             config = config.model_copy(update={"method": parent.adapter.config})
@@ -109,22 +140,28 @@ def plan_run(config: RunConfig) -> RunPlan:
     except S2FTError as error:
         faults += error.faults
     try:
-        data = prepare_data(config.data, tokenizer, config.seed)
+        data = prepare_data(config.data, tokenizer, config.seed, s2ft_home() / "cache" / "rows")
     except S2FTError as error:
         raise type(error)(*faults, *error.faults) from error
+    if data.report.format == "preference" and config.objective.loss != "dpo":
+        faults.append(
+            "objective.loss: the rows are preferences (prompt, chosen, rejected): set dpo, or name"
+            " other rows in data.train"
+        )
     if faults:
         raise ConfigError(*faults)
     packing = config.data.max_seq_len if config.data.packing else None
+    base = measure_base(config, model_config)
     return RunPlan(
         config=config,
         data=data,
         tokenizer=tokenizer,
         parent=parent,
-        num_sequences=num_sequences(data.train, packing, config.seed),
-        num_parameters=_count_parameters(model_config),
+        num_sequences=num_sequences(data.train, packing, config.seed, data.groups),
+        num_parameters=base.parameters,
         num_trainable=num_trainable,
-        memory=estimate_memory(
-            config, model_config, num_trainable, packing or data.report.tokens_max
+        costs=_estimate_costs(
+            config, model_config, base, num_trainable, packing or data.report.tokens_max
         ),
     )
 
@@ -134,68 +171,44 @@ def _resolve_names(config: RunConfig) -> RunConfig:
     template = config.data.chat_template
     if template and "{" not in template and Path(template).expanduser().is_file():
         template = Path(template).expanduser().read_text(encoding="utf-8")
+    files = [
+        file.model_copy(update={"path": absolute_name(file.path)})
+        for file in config.data.train_files
+    ]
+    train = files[0].path if isinstance(config.data.train, str) else files
     data = config.data.model_copy(
         update={
-            "train": _absolute(config.data.train),
-            "eval": _absolute(config.data.eval) if config.data.eval else None,
+            "train": train,
+            "eval": absolute_name(config.data.eval) if config.data.eval else None,
             "chat_template": template,
         }
     )
+    if config.objective.loss == "dpo":
+        data = data.model_copy(update={"format": "preference"})
     model = config.model.model_copy(update={"name_or_path": base_name(config.model.name_or_path)})
     return config.model_copy(update={"data": data, "model": model})
 
 
-def _absolute(path: str) -> str:
-    return path if "://" in path else str(Path(path).expanduser().absolute())
-
-
-def _check_sharding(config: RunConfig) -> None:
-    if config.parallel.sharding == "hybrid":
-        raise ConfigError(
-            "parallel.sharding: hybrid is not available in this version; take auto, replicate or"
-            " full"
-        )
-
-
-def _count_parameters(model_config: PretrainedConfig) -> int:
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(model_config)
-    return sum(p.numel() for p in model.parameters())
-
-
-def estimate_memory(
-    config: RunConfig, model_config: PretrainedConfig, num_trainable: int, seq_len: int
-) -> MemoryEstimate:
-    """Add up what a worker holds, for the decoders of the Llama family.
-
-    Of each token and layer the graph keeps, in the base's dtype, q, k, v and the attention's
-    output (2 D + 2 D of which k and v only have the KV heads' share) and gate, its activation and
-    up (3 F); in fp32 the inputs of the two norms (2 D). With activation checkpointing it keeps
-    the layers' inputs, and one layer's part at a time. Logits: in the base's dtype, in fp32, and
-    their gradient.
-    """
-    workers = config.parallel.num_workers
+def _estimate_costs(
+    config: RunConfig,
+    model_config: PretrainedConfig,
+    base: BaseSize,
+    num_trainable: int,
+    seq_len: int,
+) -> list[Cost]:
+    """Estimate the layout that is asked for; under ``auto`` the two ends of the choice."""
+    parallel = config.parallel
+    workers = parallel.num_workers
     num_workers = workers if isinstance(workers, int) else workers[0]
-    width = _dtype_bytes(config, model_config)
-    hidden, intermediate = model_config.hidden_size, model_config.intermediate_size
-    kv_share = model_config.num_key_value_heads / model_config.num_attention_heads
-    tokens = config.optim.micro_batch_size * seq_len
-    values = (2 + 2 * kv_share) * hidden + 3 * intermediate
-    layer = int(tokens * (values * width + 2 * hidden * 4))
-    layers = model_config.num_hidden_layers
-    if config.parallel.activation_checkpointing:
-        kept = layers * tokens * hidden * width + layer
-    else:
-        kept = layers * layer
-    return MemoryEstimate(
-        base=_count_parameters(model_config) * width,
-        slices=num_trainable * STATE_BYTES // num_workers,
-        activations=kept + tokens * model_config.vocab_size * (width + 8),
+    modes: list[Sharding] = (
+        ["replicate", "full"] if parallel.sharding == "auto" else [parallel.sharding]
     )
-
-
-def _dtype_bytes(config: RunConfig, model_config: PretrainedConfig) -> int:
-    name = config.model.dtype
-    dtype = (model_config.dtype or torch.float32) if name == "auto" else getattr(torch, name)
-    assert isinstance(dtype, torch.dtype)
-    return dtype.itemsize
+    layouts = [Layout.of(mode, num_workers, parallel.shard_group or num_workers) for mode in modes]
+    return [
+        Cost(
+            layout,
+            estimate_memory(config, model_config, base, num_trainable, seq_len, layout),
+            estimate_traffic(config, base, num_trainable, layout),
+        )
+        for layout in layouts
+    ]

@@ -57,8 +57,11 @@ class ProgressPrinter:
             text = describe_step(line, self._total)
         elif line["kind"] == "eval":
             text = describe_evaluation(line, self._total)
+        elif line["kind"] == "stop":
+            text = f"stopped after step {line['step']}, as asked; the checkpoint is saved"
         else:
-            text = f"trained in {line['train_seconds']:.1f} s"
+            early = f", early, after step {line['step']}" if line["step"] < self._total else ""
+            text = f"trained in {line['train_seconds']:.1f} s{early}{describe_speed(line)}"
         print(text, flush=True)
 
 
@@ -66,6 +69,16 @@ def describe_start(line: dict[str, Any]) -> str:
     """Say where the run begins."""
     begin = f"resumed after step {line['step']}" if line["step"] else "started"
     return f"{begin}: {line['world_size']} worker(s), base in {line['sharding']}"
+
+
+def describe_speed(line: dict[str, Any]) -> str:
+    """Say how fast the steps were, and the phases that took at least a hundredth of them."""
+    if "mean_tokens_per_s" not in line:
+        return ""
+    shares = {k.removesuffix("_share"): v for k, v in line.items() if k.endswith("_share")}
+    largest = sorted(shares.items(), key=lambda item: -item[1])
+    parts = ", ".join(f"{name} {share:.0%}" for name, share in largest if share >= 0.01)
+    return f": {line['mean_tokens_per_s']:,.0f} tokens/s; {parts}"
 
 
 def describe_step(line: dict[str, Any], total: int) -> str:
@@ -79,9 +92,14 @@ def describe_step(line: dict[str, Any], total: int) -> str:
 
 def describe_evaluation(line: dict[str, Any], total: int) -> str:
     """Say how the held-out rows went, with the sample answers below."""
+    figures = (
+        f"perplexity {line['perplexity']:.2f}  token accuracy {line['token_accuracy']:.1%}"
+        if line["perplexity"]
+        else f"preference accuracy {line['token_accuracy']:.1%}"
+    )
     head = (
         f"step {line['step']:>{len(str(total))}}/{total}  held out: loss {line['loss']:.4f}"
-        f"  perplexity {line['perplexity']:.2f}  token accuracy {line['token_accuracy']:.1%}"
+        f"  {figures}"
     )
     samples = [
         f"    {_one_line(sample['prompt'])} -> {_one_line(sample['answer'])}"

@@ -3,19 +3,25 @@
     <storage>/<tenant>/<name>/<run_id>/
         config.yaml      the resolved configuration
         world.json       what the workers were: count, threads, sharding; a resumed run keeps them
+        selection.json   which heads, channels, rows and columns are trained
         data/            the encoded rows, written once by the driver
         parent/          the adapter that the run starts from, where it has a parent
         lineage.json     that parent's name, version and fingerprint
+        stop.json        a request to stop at the next step; cleared when the run goes on
+        driver.log       what the run's drivers printed, one after the other
         metrics.jsonl    one line for each step and evaluation, written by rank 0
         checkpoints/     step-00000050/ ..., see ``checkpoint``
+        profile/         a torch trace of each worker, where tracking.profile asks for it
         adapter/         the trained adapter; it exists only complete
 
-Invariant: a file here appears by rename, complete or not at all; only ``metrics.jsonl`` grows.
+Invariant: a file here appears by rename, complete or not at all; only ``metrics.jsonl`` and
+``driver.log`` grow.
 """
 
 import json
 import os
 import secrets
+import time
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -23,6 +29,9 @@ from typing import Any
 
 from s2ft_ray.config import RunConfig, load_config, s2ft_home
 from s2ft_ray.errors import ConfigError
+
+STOP = "stop.json"
+SELECTION = "selection.json"
 
 
 @dataclass(frozen=True)
@@ -55,13 +64,32 @@ class RunFolder:
     def metrics(self) -> Path:
         return self.path / "metrics.jsonl"
 
+    @property
+    def log(self) -> Path:
+        return self.path / "driver.log"
+
     def load_config(self) -> RunConfig:
         """Read the resolved configuration that the run was created with."""
         return load_config(self.path / "config.yaml")
 
+    def request_stop(self, reason: str) -> None:
+        """Ask the workers to save a checkpoint after the step they are at, and to leave.
+
+        Starting the workers again clears the request, so ask again while it is to hold.
+        """
+        self.write_json(STOP, {"reason": reason, "time": time.time()})
+
+    def clear_stop(self) -> None:
+        """Take the request back."""
+        (self.path / STOP).unlink(missing_ok=True)
+
+    def is_stop_requested(self) -> bool:
+        """Return whether a request stands. Cheap: asked at every step."""
+        return (self.path / STOP).exists()
+
     def write_json(self, name: str, document: dict[str, Any]) -> None:
         """Write `name` in one piece: a reader sees the old file or the new one."""
-        partial = self.path / f".{name}.partial"
+        partial = self.path / f".{name}.{secrets.token_hex(4)}.partial"  # writers may meet
         with partial.open("w", encoding="utf-8") as file:
             json.dump(document, file, indent=2)
             file.flush()
@@ -83,13 +111,13 @@ def runs_root(config: RunConfig) -> Path:
     return Path(storage).expanduser().absolute() if storage else s2ft_home() / "runs"
 
 
-def create_run_folder(config: RunConfig) -> RunFolder:
+def create_run_folder(config: RunConfig, run_id: str | None = None) -> RunFolder:
     """Make a new run's folder and store the resolved configuration in it.
 
     Raises ConfigError where the storage can't be written.
     """
     root = runs_root(config)
-    run_id = f"{datetime.now(UTC):%Y%m%d-%H%M%S}-{secrets.token_hex(3)}"
+    run_id = run_id or f"{datetime.now(UTC):%Y%m%d-%H%M%S}-{secrets.token_hex(3)}"
     path = root / config.tenant / config.name / run_id
     try:
         path.mkdir(parents=True)

@@ -10,6 +10,7 @@ import logging
 import resource
 import sys
 import time
+from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -20,18 +21,40 @@ import torch
 import torch.distributed as dist
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from s2ft_ray.bases import load_base_model, load_tokenizer
+from s2ft_ray.bases import load_base_model, load_model_config, load_tokenizer
 from s2ft_ray.config import RunConfig
-from s2ft_ray.data import MicroBatch, PreparedData, TrainLoader, eval_batches, num_steps
-from s2ft_ray.errors import AdapterError, JobError, S2FTError
-from s2ft_ray.method import Adapter, convert, convert_like, extract_adapter, slice_layers
+from s2ft_ray.data import (
+    MicroBatch,
+    PreparedData,
+    TrainLoader,
+    calibration_batches,
+    eval_batches,
+    num_steps,
+)
+from s2ft_ray.errors import AdapterError, Diverged, Preempted, S2FTError
+from s2ft_ray.method import (
+    Adapter,
+    Selection,
+    SharedCalibration,
+    convert,
+    convert_like,
+    convert_with,
+    count_trainable,
+    extract_adapter,
+    looks_at_data,
+    slice_layers,
+)
 from s2ft_ray.training.checkpoint import Checkpointer, TrainState
 from s2ft_ray.training.evaluation import answer, evaluate
+from s2ft_ray.training.layout import resolve_layout
 from s2ft_ray.training.loop import StepResult, train_step
+from s2ft_ray.training.memory import estimate_memory, measure_base
 from s2ft_ray.training.metrics import MetricsLog
+from s2ft_ray.training.objective import CrossEntropy, EmbeddingNoise, Objective, Preference
 from s2ft_ray.training.optimizer import build_optimizer
-from s2ft_ray.training.parallel import Sharding, Workers, resolve_sharding, shard_model
-from s2ft_ray.training.run_folder import RunFolder
+from s2ft_ray.training.parallel import Layout, Workers, shard_model
+from s2ft_ray.training.run_folder import SELECTION, RunFolder
+from s2ft_ray.training.speed import StepProfiler, flops_per_token, measure_peak
 
 logger = logging.getLogger(__name__)
 
@@ -60,63 +83,119 @@ class WorkerPart:
     run: RunFolder
     config: RunConfig
     workers: Workers
+    layout: Layout
     data: PreparedData
     tokenizer: PreTrainedTokenizerBase
     model: PreTrainedModel
     loader: TrainLoader
     held_out: list[MicroBatch | None]
+    objective: Objective = CrossEntropy()  # noqa: RUF009 - frozen
+    noise: EmbeddingNoise | None = None
+    chosen_step: int = 0
+    """After training: the step whose slices the model holds."""
 
     def train(self) -> None:
         """Shard, restore the newest checkpoint, and step to the end of the run."""
-        sharding, reason = self._choose_sharding()
-        shard_model(self.model, self.workers, sharding)
+        objective, seed = self.config.objective, self.config.seed
+        if objective.neftune_alpha:
+            self.noise = EmbeddingNoise(self.model, objective.neftune_alpha, seed)
+        shard_model(self.model, self.workers, self.layout)
+        if objective.loss == "dpo":  # before the checkpoint: the run's start is the reference
+            self.objective = Preference(self.model, objective.dpo_beta)
+        else:
+            self.objective = CrossEntropy(objective.label_smoothing)
         slices = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
         state = TrainState(slices, build_optimizer(slices.values(), self.config.optim), self.loader)
+        selects_best = self.config.checkpoint.select == "best"
         checkpointer = Checkpointer(
-            self.run.checkpoints, keep=self.config.checkpoint.keep, workers=self.workers
+            self.run.checkpoints,
+            keep=self.config.checkpoint.keep,
+            keep_best=selects_best,
+            workers=self.workers,
         )
+        # For dropout: each worker draws its own, the same in every run. A checkpoint has its state.
+        torch.manual_seed((seed * 1_000_003 + self.workers.rank) % 2**63)
         if checkpointer.restore(state):
-            for _, layer in slice_layers(self.model):
-                layer.write_back()
+            self._write_back()
         total = num_steps(self.config.optim, self.loader.num_rows)
         log = MetricsLog(self.run.metrics) if self.workers.rank == 0 else None
         if log:
             size = self.workers.world_size
+            sharding = self.layout.sharding
             log.write("start", state.step, total_steps=total, world_size=size, sharding=sharding)
-            logger.info("the base is in %s on %d workers: %s", sharding, size, reason)
         if state.step == 0:
             self._look(0, log)
         self._run_steps(state, total, checkpointer, log)
+        self.chosen_step = state.step
+        if selects_best and checkpointer.restore_slices(state, state.standing.step):
+            self._write_back()
+            self.chosen_step = state.standing.step
+
+    def _write_back(self) -> None:
+        for _, layer in slice_layers(self.model):
+            layer.write_back()
 
     def _run_steps(
         self, state: TrainState, total: int, checkpointer: Checkpointer, log: MetricsLog | None
     ) -> None:
         started, first = time.perf_counter(), state.step
+        speed = _Speed(self.model, self.workers.device)
+        profiler = None
+        if self.config.tracking.profile:
+            profiler = StepProfiler(self.run.path / "profile", self.workers.rank)
         self.model.train()
-        while state.step < total:
+        while state.step < total and not self._has_lost_patience(state):
+            if profiler:
+                profiler.begin_step()
+            began = time.perf_counter()
+            step = self.loader.next_step()
+            data_seconds = time.perf_counter() - began
             try:
                 result = train_step(
                     self.model,
                     state.optimizer,
-                    self.loader.next_step(),
+                    step,
                     number=state.step,
                     num_steps=total,
                     config=self.config.optim,
                     workers=self.workers,
+                    is_stop_requested=self._is_stop_requested,
+                    objective=self.objective,
+                    noise=self.noise,
                 )
-            except JobError as error:
+            except Diverged as error:
                 good = checkpointer.newest_step()
-                raise JobError(f"{error}; last good checkpoint: step {good}") from error
+                raise Diverged(f"{error}; last good checkpoint: step {good}") from error
             state.step = result.step
             if log:
                 pace = (time.perf_counter() - started) / (state.step - first)
-                _log_step(log, result, time_left_s=pace * (total - state.step))
+                phases = {"data": data_seconds, **result.phases}
+                utilisation = speed.add(result, phases, self.workers.world_size)
+                _log_step(log, result, phases, utilisation, time_left_s=pace * (total - state.step))
+            is_best = False
             if state.step % self.config.evaluation.every_steps == 0 or state.step == total:
-                self._look(state.step, log)
-            if state.step % self.config.checkpoint.every_steps == 0 or state.step == total:
+                loss = self._look(state.step, log)
+                is_best = state.standing.add(loss, state.step) and checkpointer.keep_best
+            ends = state.step == total or self._has_lost_patience(state)
+            is_due = state.step % self.config.checkpoint.every_steps == 0
+            if is_due or is_best or ends or result.is_stop_requested:
                 checkpointer.save(state)
+            if result.is_stop_requested and not ends:
+                if log:
+                    log.write("stop", state.step)
+                raise Preempted(state.step)
+        if profiler:
+            profiler.end()
         if log:
-            log.write("end", total, train_seconds=time.perf_counter() - started)
+            seconds = time.perf_counter() - started
+            log.write("end", state.step, train_seconds=seconds, **speed.summary())
+
+    def _has_lost_patience(self, state: TrainState) -> bool:
+        patience = self.config.evaluation.patience
+        return patience is not None and state.standing.num_worse >= patience
+
+    def _is_stop_requested(self) -> bool:
+        return self.workers.rank == 0 and self.run.is_stop_requested()
 
     def save_adapter(self) -> None:
         """Export the adapter, check that every worker holds the same, write it on rank 0."""
@@ -136,7 +215,7 @@ class WorkerPart:
         """Say how the adapter was trained, and how its prompts are to be rendered."""
         return {
             "run": self.run.run_id,
-            "steps": num_steps(self.config.optim, self.loader.num_rows),
+            "steps": self.chosen_step,
             "seed": self.config.seed,
             "data": {
                 "format": self.data.report.format,
@@ -146,9 +225,10 @@ class WorkerPart:
             "optim": self.config.optim.model_dump(mode="json"),
         }
 
-    def _look(self, step: int, log: MetricsLog | None) -> None:
-        """Evaluate on the held-out rows and answer a few of their prompts."""
-        result = evaluate(self.model, self.held_out, self.workers)
+    def _look(self, step: int, log: MetricsLog | None) -> float:
+        """Evaluate on the held-out rows, answer a few of their prompts; return the loss."""
+        objective = self.objective if isinstance(self.objective, Preference) else CrossEntropy()
+        result = evaluate(self.model, self.held_out, self.workers, objective)
         prompts = self.data.eval_prompts[: self.config.evaluation.num_samples]
         length = self.config.evaluation.max_new_tokens
         answers = answer(
@@ -160,25 +240,7 @@ class WorkerPart:
         ]
         if log:
             log.write("eval", step, samples=samples, **dataclasses.asdict(result))
-
-    def _choose_sharding(self) -> tuple[Sharding, str]:
-        """Decide the sharding once for the run, and record what the workers are."""
-        world = self.run.read_json("world.json")
-        if world:
-            return world["sharding"], "as in the run's first start"
-        base_bytes = sum(p.numel() * p.element_size() for p in self.model.parameters())
-        sharding, reason = resolve_sharding(self.config.parallel.sharding, base_bytes, self.workers)
-        dist.barrier()  # everybody has looked for world.json before it appears
-        if self.workers.rank == 0:
-            on_gpu = self.workers.device.type == "cuda"
-            world = {
-                "world_size": self.workers.world_size,
-                "num_threads": torch.get_num_threads(),
-                "sharding": sharding,
-                "device": torch.cuda.get_device_name() if on_gpu else "cpu",
-            }
-            self.run.write_json("world.json", world)
-        return sharding, reason
+        return result.loss
 
 
 def _build(run: RunFolder, workers: Workers) -> WorkerPart:
@@ -186,11 +248,11 @@ def _build(run: RunFolder, workers: Workers) -> WorkerPart:
     config = run.load_config()
     data = PreparedData.load(run.data)
     tokenizer = load_tokenizer(config.model, config.data.chat_template)
-    model = load_base_model(config.model)
-    if run.parent.exists():
-        convert_like(model, Adapter.load(run.parent))
-    else:
-        convert(model, config.method)
+    layout = _choose_layout(run, config, data, workers)
+    model = load_base_model(config.model, mapped=layout.group > 1)
+    if layout.sharding == "replicate":
+        model.to(workers.device)  # it fits whole: a selection that looks at data is made there
+    _convert(model, run, config, data, tokenizer)
     if config.parallel.activation_checkpointing:
         model.activation_checkpointing_enable()
     pad_id, micro_batch_size = tokenizer.pad_token_id, config.optim.micro_batch_size
@@ -203,18 +265,96 @@ def _build(run: RunFolder, workers: Workers) -> WorkerPart:
         seed=config.seed,
         pad_id=pad_id,
         packing=config.data.max_seq_len if config.data.packing else None,
+        groups=data.groups,
     )
     held_out = eval_batches(data.eval, micro_batch_size, workers.rank, workers.world_size, pad_id)
     return WorkerPart(
         run=run,
         config=config,
         workers=workers,
+        layout=layout,
         data=data,
         tokenizer=tokenizer,
-        model=model.to(workers.device),
+        model=model,  # where it is sharded, fully_shard moves each worker's part to its device
         loader=loader,
         held_out=held_out,
     )
+
+
+def _convert(
+    model: PreTrainedModel,
+    run: RunFolder,
+    config: RunConfig,
+    data: PreparedData,
+    tokenizer: PreTrainedTokenizerBase,
+) -> None:
+    """Convert the base: as the parent was, as this run did before, or by a new selection.
+
+    The selection is kept in the run folder, so that a run that goes on elsewhere, with other
+    rounding, still trains the slices that its checkpoints hold.
+    """
+    # One answer for all: a worker that looks late would find what the first has just written,
+    # and convert its layers in another order than the others.
+    found = [run.read_json(SELECTION)]
+    dist.broadcast_object_list(found)
+    (kept,) = found
+    if run.parent.exists():
+        selection = convert_like(model, Adapter.load(run.parent))
+    elif kept is not None:
+        selection = convert_with(model, config.method, Selection.from_json(kept))
+    else:
+        calibration = None
+        if looks_at_data(config.method):
+            # Row by row where each has a gradient: none cancels another's, and the graph, which
+            # keeps what training never does, is as small as can be.
+            is_forward = config.method.selection != "gradient"
+            batches = calibration_batches(
+                data.train,
+                config.data.calibration_share,
+                config.optim.micro_batch_size if is_forward else 1,
+                tokenizer.pad_token_id,
+            )
+            calibration = SharedCalibration(batches)
+        selection = convert(model, config.method, calibration=calibration)
+    if kept is None and dist.get_rank() == 0:
+        run.write_json(SELECTION, selection.to_json())
+
+
+def _choose_layout(
+    run: RunFolder, config: RunConfig, data: PreparedData, workers: Workers
+) -> Layout:
+    """Decide the sharding once for the run, and record what the workers are."""
+    world = run.read_json("world.json")
+    size, node_group = workers.world_size, workers.node_group()
+    parallel = config.parallel
+    if world:
+        parallel = parallel.model_copy(update={"sharding": world["sharding"]})
+    model_config = load_model_config(config.model)
+    base = measure_base(config, model_config)
+    parent = Adapter.load(run.parent) if run.parent.exists() else None
+    trained = parent.num_parameters if parent else count_trainable(model_config, config.method)
+    seq_len = config.data.max_seq_len if config.data.packing else data.report.tokens_max
+    layout, reason = resolve_layout(
+        parallel,
+        size,
+        node_group,
+        workers.free_bytes(),
+        lambda layout: estimate_memory(config, model_config, base, trained, seq_len, layout),
+    )
+    if workers.rank == 0:
+        logger.info("the base is in %s on %d workers: %s", layout.sharding, size, reason)
+    if world is None:
+        dist.barrier()  # everybody has looked for world.json before it appears
+        if workers.rank == 0:
+            on_gpu = workers.device.type == "cuda"
+            world = {
+                "world_size": size,
+                "num_threads": torch.get_num_threads(),
+                "sharding": layout.sharding,
+                "device": torch.cuda.get_device_name() if on_gpu else "cpu",
+            }
+            run.write_json("world.json", world)
+    return layout
 
 
 def _recorded_threads(run: RunFolder, num_threads: int) -> int:
@@ -222,7 +362,41 @@ def _recorded_threads(run: RunFolder, num_threads: int) -> int:
     return int(world["num_threads"]) if world else num_threads
 
 
-def _log_step(log: MetricsLog, result: StepResult, time_left_s: float) -> None:
+class _Speed:
+    """Adds up what the steps of this start took; rank 0's own time."""
+
+    def __init__(self, model: PreTrainedModel, device: torch.device) -> None:
+        self._flops_per_token = flops_per_token(model)
+        self._peak = measure_peak(device, next(model.parameters()).dtype)
+        self._phases: dict[str, float] = defaultdict(float)
+        self._tokens, self._seconds = 0, 0.0
+
+    def add(self, result: StepResult, phases: dict[str, float], world_size: int) -> float:
+        """Count a step; return the share of the workers' peak that it used."""
+        for phase, seconds in phases.items():
+            self._phases[phase] += seconds
+        self._tokens += result.num_tokens
+        self._seconds += sum(phases.values())
+        return self._utilisation(result.num_tokens / sum(phases.values()) / world_size)
+
+    def summary(self) -> dict[str, float]:
+        """Return tokens/s over all workers and each phase's share of the time."""
+        if not self._seconds:
+            return {}
+        shares = {f"{name}_share": spent / self._seconds for name, spent in self._phases.items()}
+        return {"mean_tokens_per_s": self._tokens / self._seconds, **shares}
+
+    def _utilisation(self, tokens_per_s: float) -> float:
+        return tokens_per_s * self._flops_per_token / self._peak
+
+
+def _log_step(
+    log: MetricsLog,
+    result: StepResult,
+    phases: dict[str, float],
+    utilisation: float,
+    time_left_s: float,
+) -> None:
     log.write(
         "train",
         result.step,
@@ -232,7 +406,9 @@ def _log_step(log: MetricsLog, result: StepResult, time_left_s: float) -> None:
         tokens_per_s=result.num_tokens / result.seconds,
         step_seconds=result.seconds,
         num_targets=result.num_targets,
+        model_flop_utilisation=utilisation,
         memory_mib=_peak_memory_mib(),
+        **{f"{phase}_seconds": seconds for phase, seconds in phases.items()},
         time_left_s=time_left_s,
     )
 

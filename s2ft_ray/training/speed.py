@@ -1,0 +1,100 @@
+"""Where a step's time goes, how much of the device's arithmetic it uses, and a trace of it.
+
+Phases: data (rows to tensors), forward, backward, clip, optimizer, write_back, agree (the sums
+over workers). What FSDP sends is within forward, backward and write_back.
+"""
+
+import time
+from collections import defaultdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+MATMUL_WIDTH = 1024
+FIRST_PROFILED, LAST_PROFILED = 2, 4
+"""Steps of this start that are traced; the first warms up."""
+
+
+class PhaseClock:
+    """Adds up the time between laps, by phase; on a GPU by events in its stream."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._on_gpu = device.type == "cuda"
+        self._laps: list[tuple[str, Any]] = [("", self._now())]
+
+    def lap(self, phase: str) -> None:
+        """Book the time since the last lap under `phase`."""
+        self._laps.append((phase, self._now()))
+
+    def seconds(self) -> dict[str, float]:
+        """Return the time of each phase; on a GPU after everything has been waited for."""
+        if self._on_gpu:
+            torch.cuda.synchronize()
+        total: dict[str, float] = defaultdict(float)
+        for (_, before), (phase, now) in zip(self._laps, self._laps[1:], strict=False):
+            total[phase] += before.elapsed_time(now) / 1000 if self._on_gpu else now - before
+        return dict(total)
+
+    def _now(self) -> Any:
+        if not self._on_gpu:
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+        event.record()
+        return event
+
+
+def flops_per_token(model: nn.Module) -> float:
+    """Return the FLOPs of a token in forward and backward.
+
+    Two for each weight in forward, two for the gradient of its input, two more for each trained
+    value; of the embeddings only the output's. Attention's own products are left out.
+    """
+    parameters = list(model.parameters())
+    trained = sum(p.numel() for p in parameters if p.requires_grad)
+    frozen = sum(p.numel() for p in parameters) - trained
+    embedding = model.get_input_embeddings()  # type: ignore[operator]
+    output = model.get_output_embeddings()  # type: ignore[operator]
+    is_tied = output is not None and output.weight is embedding.weight
+    used = frozen - (0 if is_tied else embedding.weight.numel())
+    return 4.0 * used + 2.0 * trained
+
+
+def measure_peak(device: torch.device, dtype: torch.dtype) -> float:
+    """Return the FLOP/s of a large matmul on `device`: what utilisation is a share of."""
+    a = torch.ones(MATMUL_WIDTH, MATMUL_WIDTH, device=device, dtype=dtype)
+    best = float("inf")
+    for _ in range(4):  # the first is for the caches
+        clock = PhaseClock(device)
+        a @ a
+        clock.lap("matmul")
+        best = min(best, clock.seconds()["matmul"])
+    return 2.0 * MATMUL_WIDTH**3 / best
+
+
+class StepProfiler:
+    """Traces a few steps into ``<folder>/rank<R>.json``, for chrome://tracing or Perfetto."""
+
+    def __init__(self, folder: Path, rank: int) -> None:
+        self._path = folder / f"rank{rank}.json"
+        self._step = 0
+        self._profiler: torch.profiler.profile | None = None
+
+    def begin_step(self) -> None:
+        """Start the trace before the first step that belongs to it, end it after the last."""
+        self._step += 1
+        if self._step == FIRST_PROFILED:
+            self._profiler = torch.profiler.profile(record_shapes=True)
+            self._profiler.start()
+        elif self._step == LAST_PROFILED + 1:
+            self.end()
+
+    def end(self) -> None:
+        """Write the trace, where there is one that isn't written."""
+        if self._profiler is None:
+            return
+        self._profiler.stop()
+        self._path.parent.mkdir(parents=True, exist_ok=True)
+        self._profiler.export_chrome_trace(str(self._path))
+        self._profiler = None
