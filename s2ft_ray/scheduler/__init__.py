@@ -1,0 +1,25 @@
+"""The queue: many tenants' fine-tunes on one cluster, fairly, durably, with reasons.
+
+    submit ──> queued ──admit──> starting ──first step──> running ──> succeeded
+                 ^ ^                 │                       │  │
+                 │ │                 └───────── stop ────────┤  └────> failed
+                 │ └─ retry (worker, node or driver lost) ───┤           ^
+                 │                                           v           │
+                 └── stopped: preempted, paused ─────── preempting ──────┘
+                                                             │
+    queued, starting, running, preempting ── cancel ─────────┴───────> cancelled
+
+    views, policy   what is decided, from plain values: no clock, no I/O
+    models          a job, its states, why it ended, when it is tried again
+    store           the only writer of jobs, attempts and events
+    service         the actor: observe, decide, apply
+    launcher        the way to Ray Jobs
+    client          what drivers and the command line ask the actor
+
+Invariants
+- Every change of state is one transaction with its event. Nothing of the state lives in Ray alone.
+- `attempt` rises with every admission and is the fencing token: whoever reports for another attempt
+  than the job's is refused, so a driver that was given up can't change anything any more.
+- The ledger is the jobs' own num_workers: held from the admission to the end of the attempt.
+- A job ends once. An ended job never changes.
+"""

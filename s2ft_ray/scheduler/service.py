@@ -1,0 +1,484 @@
+"""The scheduler: what drivers and people ask of it, and its tick: observe, decide, apply.
+
+It keeps the live jobs in memory beside the store, which it alone writes: every change is in the
+store first. Invariant: a crash at any line loses nothing and does nothing twice, because what a
+tick does is written before it is done, and doing it again (launching under the same submission
+id, stopping what has stopped) changes nothing. Heartbeats alone are written now and then only.
+
+An attempt goes: admitted in the store; claimed by the driver that waits for it, or by the
+scheduler for a driver that it launches; driven, with heartbeats; reported. A driver that falls
+silent is asked for at the launcher: where it ended, its job is tried again.
+"""
+
+import logging
+import secrets
+import threading
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+from sqlalchemy.exc import SQLAlchemyError
+
+from s2ft_ray.accounts import Accounts
+from s2ft_ray.config import s2ft_home
+from s2ft_ray.errors import StaleAttempt
+from s2ft_ray.scheduler import accounting, lease
+from s2ft_ray.scheduler.answers import event_answer, job_answer, usage_answer
+from s2ft_ray.scheduler.cluster import Cluster
+from s2ft_ray.scheduler.intake import build_submission, check_priority, default_key, read_config
+from s2ft_ray.scheduler.launcher import Launcher, submission_id_of
+from s2ft_ray.scheduler.models import HOLDING, LIVE, FailureReason, Job, Progress, State, StopCause
+from s2ft_ray.scheduler.observation import Durations, build_view
+from s2ft_ray.scheduler.policy import decide, expected_starts
+from s2ft_ray.scheduler.policy.placement import kept_placement
+from s2ft_ray.scheduler.settings import QueueSettings
+from s2ft_ray.scheduler.store import Store
+from s2ft_ray.scheduler.views import JobView, NodeView, Plan, Snapshot, TenantView, Usage, Wait
+
+logger = logging.getLogger(__name__)
+_STOP_CAUSES = {"priority": StopCause.PRIORITY, "quota": StopCause.QUOTA}
+
+
+class Scheduler:
+    """The queue of one cluster. Safe to call from many threads."""
+
+    def __init__(
+        self,
+        store: Store,
+        accounts: Accounts,
+        cluster: Cluster,
+        launcher: Launcher,
+        clock: Callable[[], float] = time.time,
+        settings: QueueSettings | None = None,
+    ) -> None:
+        self._store, self._accounts = store, accounts
+        self._cluster, self._launcher = cluster, launcher
+        settings = settings or QueueSettings()
+        self._clock, self._settings, self._policy = clock, settings.service, settings.policy
+        self._lock = threading.RLock()
+        self.wake = threading.Event()
+        """Set when there is something to decide before the next tick is due."""
+        self._since = clock()
+        self._jobs: dict[str, Job] | None = None
+        self._views: dict[str, tuple[Job, JobView]] = {}
+        self._nodes: Sequence[NodeView] = []
+        self._waits: Mapping[str, Wait] = {}
+        self._starts: Mapping[str, float] = {}
+        self._drivers: dict[str, tuple[str, float]] = {}
+        """By job: the driver that waits for it, and when it asked last."""
+        self._launched: set[tuple[str, int]] = set()
+        self._usages: Mapping[str, Usage] = store.usages()
+        self._durations = Durations(())
+        self._due: dict[str, float] = {}
+        """When things that are done now and then are due again."""
+
+    # Drivers
+
+    def submit(
+        self,
+        document: Mapping[str, Any],
+        *,
+        idempotency_key: str | None = None,
+        driver_id: str | None = None,
+        num_rows: int | None = None,
+        queue_timeout_s: float | None = None,
+        run_timeout_s: float | None = None,
+    ) -> dict[str, Any]:
+        """Queue a run; the answer also says whether it is new and whether its driver may wait.
+
+        Raises ConfigError for what is no run, or what its tenant may not ask for.
+        """
+        config, now = read_config(document), self._clock()
+        tenant = self._accounts.welcome(config.tenant)
+        with self._lock:
+            key = idempotency_key or default_key(config)
+            mine = [job for job in self._live().values() if job.tenant == tenant.name]
+            is_known = any(job.idempotency_key == key for job in mine)
+            num_queued = sum(job.state == State.QUEUED for job in mine)
+            submission = build_submission(
+                config,
+                tenant,
+                0 if is_known else num_queued,
+                self._nodes,
+                idempotency_key=key,
+                num_rows=num_rows,
+                queue_timeout_s=queue_timeout_s,
+                run_timeout_s=run_timeout_s,
+            )
+            new_id = f"job-{secrets.token_hex(5)}"
+            job = self._keep(self._store.submit(submission, now, new_id))
+            may_wait = driver_id is not None and self._may_wait(job.id, now)
+            if driver_id is not None and may_wait:
+                self._drivers[job.id] = (driver_id, now)
+        self.wake.set()
+        return {**self._answer(job), "is_new": job.id == new_id, "may_wait": may_wait}
+
+    def poll(self, job_id: str, driver_id: str) -> dict[str, Any]:
+        """Tell a driver that waits how its job stands."""
+        with self._lock:
+            job = self._job(job_id)
+            if job.state in (State.QUEUED, State.STARTING):
+                self._drivers[job_id] = (driver_id, self._clock())
+            return self._answer(job)
+
+    def claim(self, job_id: str, driver_id: str) -> dict[str, Any] | None:
+        """Let a driver have the admitted attempt; None where another one has it."""
+        with self._lock:
+            job = self._job(job_id)
+            if job.state != State.STARTING or job.submission_id not in (None, driver_id):
+                return None
+            job = self._keep(self._store.claim(job_id, job.attempt, driver_id, self._clock()))
+            self._drivers.pop(job_id, None)
+        config = self._store.config(job_id)
+        storage = config["checkpoint"]["storage_path"] or str(s2ft_home() / "runs")
+        return {
+            "attempt": job.attempt,
+            "num_workers": job.num_workers,
+            "run_folder": f"{storage}/{job.tenant}/{job.name}/{job.id}",
+            "resume": job.attempt > 1,
+            "config": config,
+        }
+
+    def heartbeat(
+        self,
+        job_id: str,
+        attempt: int,
+        progress: Mapping[str, Any] | None = None,
+        saved_at: float | None = None,
+    ) -> str:
+        """Note a sign of life; the answer is "go on", or "stop" for a stop at the next step.
+
+        Raises StaleAttempt where the job has gone on without this driver.
+        """
+        told = Progress(**progress) if progress else None
+        with self._lock:
+            job, now = self._current(job_id, attempt), self._clock()
+            begins = job.state == State.STARTING and told is not None
+            if begins or self._is_due(f"beat {job_id}", self._settings.save_s):
+                job = self._store.beat(job_id, attempt, now, told, saved_at)
+            job = replace(
+                job,
+                heartbeat_at=now,
+                progress=told or job.progress,
+                saved_at=saved_at or job.saved_at,
+            )
+            self._live()[job_id] = job
+            return "stop" if job.state == State.PREEMPTING else "go on"
+
+    def report(self, job_id: str, attempt: int, outcome: Mapping[str, Any]) -> None:
+        """Take an attempt's end: succeeded, preempted, or failed. Repeating it changes nothing.
+
+        Raises StaleAttempt where the job has gone on without this driver.
+        """
+        rows, tokens = int(outcome.get("rows", 0)), int(outcome.get("tokens", 0))
+        with self._lock:
+            now, kind = self._clock(), outcome["outcome"]
+            job = self._job(job_id)
+            if job.state == State.SUCCEEDED and job.attempt == attempt and kind == "succeeded":
+                return
+            job = self._current(job_id, attempt)
+            if kind == "succeeded":
+                name, version = outcome["model"]
+                model = (str(name), str(version))
+                self._keep(self._store.succeed(job_id, attempt, model, now, rows, tokens))
+            elif kind == "preempted" and job.state == State.PREEMPTING:
+                self._keep(self._store.stopped(job_id, attempt, now, rows, tokens))
+            else:
+                reason = FailureReason(outcome.get("reason", FailureReason.DRIVER_LOST))
+                message = str(outcome.get("message", "its driver was told to end from outside"))
+                self._keep(self._store.fail(job_id, attempt, reason, message, now))
+        self.wake.set()
+
+    # People
+
+    def job(self, job_id: str) -> dict[str, Any]:
+        """Tell the whole story of a job. Raises JobError where there is none of that id."""
+        with self._lock:
+            answer = self._answer(self._job(job_id))
+        events = [event_answer(event) for event in self._store.events(job_id)]
+        return {**answer, "config": self._store.config(job_id), "events": events}
+
+    def jobs(
+        self,
+        tenant: str | None = None,
+        states: Iterable[str] = (),
+        limit: int = 100,
+        after: str | None = None,
+    ) -> list[dict[str, Any]]:
+        """Return a page of jobs, newest first."""
+        page = self._store.jobs(tenant, [State(state) for state in states], limit, after)
+        with self._lock:
+            return [self._answer(self._live().get(job.id, job)) for job in page]
+
+    def cancel(self, job_id: str) -> dict[str, Any]:
+        """End a job; one that has ended stays as it is."""
+        return self._ask(lambda now: self._store.cancel(job_id, now + self._settings.grace_s, now))
+
+    def pause(self, job_id: str) -> dict[str, Any]:
+        """Hold a job back until it is resumed."""
+        return self._ask(lambda now: self._store.pause(job_id, now + self._settings.grace_s, now))
+
+    def resume(self, job_id: str) -> dict[str, Any]:
+        """Let a paused job go on."""
+        return self._ask(lambda now: self._store.resume(job_id, now))
+
+    def set_priority(self, job_id: str, priority: int) -> dict[str, Any]:
+        """Change a live job's priority. Raises ConfigError above its tenant's cap."""
+        check_priority(priority, self._accounts.tenant(self._store.job(job_id).tenant))
+        return self._ask(lambda now: self._store.set_priority(job_id, priority, now))
+
+    def drain(self, on: bool, stop_running: bool = False) -> None:
+        """Admit nothing more, or again; what runs may be asked to stop and wait."""
+        lease.set_draining(self._store.engine, on)
+        with self._lock:
+            for job in list(self._live().values()):
+                if on and stop_running and job.state in (State.STARTING, State.RUNNING):
+                    self._stop(job, StopCause.DRAIN)
+        self.wake.set()
+
+    def usage(
+        self, tenant: str | None = None, since: float = 0.0, by_job: bool = False
+    ) -> list[dict[str, Any]]:
+        """Return what tenants were given."""
+        rows = accounting.usage(self._store.engine, self._clock(), since, tenant, by_job)
+        return [usage_answer(row) for row in rows]
+
+    # The tick
+
+    def tick(self) -> None:
+        """Observe, decide, apply. Whatever it raises, the next tick goes on from the store."""
+        with self._lock:
+            holding = [job for job in self._live().values() if job.state in HOLDING]
+        nodes = self._cluster.nodes(_held(holding))
+        with self._lock:
+            now, self._nodes = self._clock(), nodes
+            self._end_overdue(now)
+            snapshot = self._snapshot(now)
+            plan = decide(snapshot, now)
+            self._waits, self._usages = plan.waits, plan.usages
+            self._apply(plan, now)
+            if self._is_due("usages", self._settings.save_s):
+                self._store.save_usages(plan.usages)
+        self._look_after_drivers()
+        if plan.waits and self._is_due("estimate", self._settings.estimate_s):
+            self._starts = expected_starts(snapshot, now)
+
+    def _snapshot(self, now: float) -> Snapshot:
+        if self._is_due("measure", self._settings.measure_s):
+            self._durations = Durations(accounting.measurements(self._store.engine))
+            self._views.clear()
+        tenants = [
+            TenantView(
+                it.name,
+                it.weight,
+                it.quota,
+                it.max_workers,
+                it.priority_cap,
+                self._usages.get(it.name, Usage()),
+            )
+            for it in self._accounts.tenants()
+        ]
+        views = [self._view(job, now) for job in self._live().values() if not _is_paused(job)]
+        draining = lease.is_draining(self._store.engine)
+        return Snapshot(views, tenants, self._nodes, draining, self._policy)
+
+    def _view(self, job: Job, now: float) -> JobView:
+        if job.state != State.QUEUED:
+            return build_view(job, now, self._durations)
+        known = self._views.get(job.id)
+        if known is None or known[0] is not job:
+            known = self._views[job.id] = (job, build_view(job, now, self._durations))
+        return known[1]
+
+    def _apply(self, plan: Plan, now: float) -> None:
+        for it in plan.admissions:
+            self._keep(self._store.admit(it.job_id, it.num_workers, it.placement, now))
+        for preemption in plan.preemptions:
+            job = self._live()[preemption.job_id]
+            self._stop(job, _STOP_CAUSES[preemption.cause], detail=f"for {preemption.for_job_id}")
+        for resize in plan.resizes:
+            job = self._live()[resize.job_id]
+            grows = resize.num_workers > job.num_workers
+            self._stop(
+                job,
+                StopCause.RESIZE,
+                detail=f"{resize.cause}: {job.num_workers} -> {resize.num_workers} workers",
+                next_workers=resize.num_workers,
+                placement=resize.placement if grows else None,
+            )
+
+    def _end_overdue(self, now: float) -> None:
+        for job in list(self._live().values()):
+            waits = job.state == State.QUEUED and job.attempt == 0
+            waited_s, ran_s = now - job.created_at, now - (job.started_at or now)
+            if waits and job.queue_timeout_s is not None and waited_s > job.queue_timeout_s:
+                message = f"waited {waited_s:.0f} s, its limit is {job.queue_timeout_s:.0f} s"
+                reason = FailureReason.QUEUE_DEADLINE
+                self._keep(self._store.reject(job.id, reason, message, now))
+            most_s = job.run_timeout_s if job.state == State.RUNNING else None
+            if most_s is not None and ran_s > most_s:
+                self._stop(job, StopCause.DEADLINE)
+
+    # Drivers, seen from the tick
+
+    def _look_after_drivers(self) -> None:
+        with self._lock:
+            holding = [job for job in self._live().values() if job.state in HOLDING]
+        for job in holding:
+            try:
+                self._look_after(job)
+            except (SQLAlchemyError, StaleAttempt):
+                raise
+            except Exception:  # Ray or its dashboard is away: the next tick asks again
+                logger.exception("%s: its driver can't be looked after now", job.id)
+
+    def _look_after(self, job: Job) -> None:
+        now, settings = self._clock(), self._settings
+        own_id = submission_id_of(job.id, job.attempt)
+        if job.submission_id is None:
+            job = self._find_driver(job, own_id, now)
+            if job.submission_id is None:
+                return
+        begins = job.state == State.STARTING and job.submission_id == own_id
+        if begins and (job.id, job.attempt) not in self._launched:
+            self._launcher.launch(job)
+            self._launched.add((job.id, job.attempt))
+            return
+        assert job.submission_id is not None
+        overdue = job.stop_deadline is not None and now > job.stop_deadline
+        silent_s = now - max(job.heartbeat_at or 0.0, job.admitted_at or 0.0, self._since)
+        if silent_s < settings.quiet_s and not overdue:
+            return
+        state = self._launcher.state(job.submission_id)
+        if state == "ended" or (state == "unknown" and silent_s > settings.lost_s):
+            self._give_up(job)
+        elif state == "alive" and (overdue or silent_s > settings.hung_s):
+            self._launcher.stop(job.submission_id)
+
+    def _find_driver(self, job: Job, own_id: str, now: float) -> Job:
+        """Leave an admission to the driver that waits, else claim it for one to be launched."""
+        with self._lock:
+            job = self._live().get(job.id, job)
+            if job.state == State.PREEMPTING:  # stopped before anybody drove it
+                return self._keep(self._store.stopped(job.id, job.attempt, now))
+            waited_s = now - (job.admitted_at or now)
+            if self._waits_driver(job.id, now) and waited_s < self._settings.claim_s:
+                return job
+            if job.state != State.STARTING or job.submission_id is not None:
+                return job
+            return self._keep(self._store.claim(job.id, job.attempt, own_id, now))
+
+    def _give_up(self, seen: Job) -> None:
+        """End an attempt whose driver ended without a report."""
+        with self._lock:
+            job, now = self._live().get(seen.id), self._clock()
+            if job is None or job.attempt != seen.attempt or job.state not in HOLDING:
+                return
+            if job.state == State.PREEMPTING:
+                self._keep(self._store.stopped(job.id, job.attempt, now))
+            else:
+                reason, message = FailureReason.DRIVER_LOST, "its driver ended without a report"
+                self._keep(self._store.fail(job.id, job.attempt, reason, message, now))
+        self.wake.set()
+
+    # The live jobs in memory
+
+    def _live(self) -> dict[str, Job]:
+        if self._jobs is None:
+            self._jobs = {job.id: job for job in self._store.live_jobs()}
+        return self._jobs
+
+    def forget(self) -> None:
+        """Read the live jobs from the store again: nobody knows whether a write came through."""
+        with self._lock:
+            self._jobs = None
+
+    def _keep(self, job: Job) -> Job:
+        live = self._live()
+        if job.state not in LIVE:
+            live.pop(job.id, None)
+            self._drivers.pop(job.id, None)
+            self._launched = {it for it in self._launched if it[0] != job.id}
+            self._views.pop(job.id, None)
+            self._due.pop(f"beat {job.id}", None)
+            return job
+        known = live.get(job.id)
+        if known and known.attempt == job.attempt and known.heartbeat_at and job.heartbeat_at:
+            job = replace(job, heartbeat_at=known.heartbeat_at, progress=known.progress)
+        live[job.id] = job
+        return job
+
+    def _job(self, job_id: str) -> Job:
+        return self._live().get(job_id) or self._store.job(job_id)
+
+    def _current(self, job_id: str, attempt: int) -> Job:
+        job = self._job(job_id)
+        if job.state not in HOLDING or job.attempt != attempt:
+            raise StaleAttempt(job_id, attempt, f"{job.state}, attempt {job.attempt}")
+        return job
+
+    def _stop(
+        self,
+        job: Job,
+        cause: StopCause,
+        *,
+        detail: str | None = None,
+        next_workers: int = 0,
+        placement: Mapping[str, int] | None = None,
+    ) -> None:
+        now = self._clock()
+        deadline = now + self._settings.grace_s
+        self._keep(
+            self._store.ask_stop(
+                job.id,
+                job.attempt,
+                cause,
+                deadline,
+                now,
+                detail=detail,
+                next_workers=next_workers,
+                placement=placement,
+            )
+        )
+
+    def _ask(self, change: Callable[[float], Job]) -> dict[str, Any]:
+        with self._lock:
+            answer = self._answer(self._keep(change(self._clock())))
+        self.wake.set()
+        return answer
+
+    def _answer(self, job: Job) -> dict[str, Any]:
+        wait = None if _is_paused(job) else self._waits.get(job.id)
+        return job_answer(job, wait, self._starts.get(job.id))
+
+    def _may_wait(self, job_id: str, now: float) -> bool:
+        others = [it for it in self._drivers if it != job_id and self._waits_driver(it, now)]
+        return len(others) < self._settings.max_waiting
+
+    def _waits_driver(self, job_id: str, now: float) -> bool:
+        driver = self._drivers.get(job_id)
+        return driver is not None and now - driver[1] < self._settings.waits_for_s
+
+    def _is_due(self, what: str, every_s: float) -> bool:
+        now = self._clock()
+        if now < self._due.get(what, 0.0) <= now + every_s:
+            return False
+        self._due[what] = now + every_s
+        return True
+
+
+def _is_paused(job: Job) -> bool:
+    return job.held and job.state == State.QUEUED
+
+
+def _held(jobs: Iterable[Job]) -> dict[str, dict[str, float]]:
+    """Return what jobs hold, by node id and resource."""
+    held: dict[str, dict[str, float]] = {}
+    for job in jobs:
+        workers = max(job.num_workers, job.next_workers)
+        for node_id, count in kept_placement(job.placement, workers).items():
+            amounts = held.setdefault(node_id, {})
+            for name, amount in job.worker.resources:
+                amounts[name] = amounts.get(name, 0.0) + amount * count
+    return held
