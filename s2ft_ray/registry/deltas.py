@@ -4,16 +4,14 @@ Invariant: one matrix of the base is in memory at a time; the base is read from 
 never becomes a model.
 """
 
-import json
 import math
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
 from torch import Tensor
 
-from s2ft_ray.method import Adapter, AdapterSlice
+from s2ft_ray.method import Adapter, AdapterSlice, BaseFiles, base_entries
 
 
 @dataclass(frozen=True)
@@ -42,10 +40,11 @@ def measure_deltas(
     """Measure every module of `adapter` against its base's files and its parent."""
     parents = {} if parent is None else parent.slices
     measured = []
-    files = _weight_files(base_folder)
+    files = BaseFiles(base_folder)
     for module, part in adapter.slices.items():
-        weight = _read_weight(base_folder, files, module)
-        base_norm = float(weight.index_select(part.dim, part.indices.long()).float().norm())
+        is_whole = part.delta.dim() == 3  # experts' parameters have no module of their own
+        weight = files.read(module if is_whole else f"{module}.weight")
+        base_norm = float(base_entries(weight, part).float().norm())
         norm = float(part.delta.norm())
         measured.append(
             ModuleDelta(
@@ -61,24 +60,20 @@ def measure_deltas(
 def _cosine(part: AdapterSlice, other: AdapterSlice) -> float:
     if part.side != other.side:
         return 0.0
-    mine = torch.isin(part.indices, other.indices).nonzero().flatten()
-    theirs = torch.isin(other.indices, part.indices).nonzero().flatten()
-    a = part.delta.index_select(part.dim, mine).flatten()
-    b = other.delta.index_select(other.dim, theirs).flatten()
     scale = float(part.delta.norm()) * float(other.delta.norm())
-    return float(a @ b) / scale if scale else 0.0
+    pairs = zip(_each(part), _each(other), strict=True)
+    return sum(_dot(*mine, *theirs) for mine, theirs in pairs) / scale if scale else 0.0
 
 
-def _weight_files(folder: Path) -> dict[str, str]:
-    index = folder / "model.safetensors.index.json"
-    if not index.exists():
-        return {}
-    files: dict[str, str] = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-    return files
+def _each(part: AdapterSlice) -> list[tuple[Tensor, Tensor]]:
+    """Return indices [K] and delta with them first, of each expert or of the one weight."""
+    delta = part.delta.mT if part.side == "in" else part.delta
+    if part.indices.dim() == 1:
+        return [(part.indices, delta)]
+    return list(zip(part.indices, delta, strict=True))
 
 
-def _read_weight(folder: Path, files: dict[str, str], module: str) -> Tensor:
-    name = f"{module}.weight"
-    with safe_open(folder / files.get(name, "model.safetensors"), framework="pt") as tensors:
-        weight: Tensor = tensors.get_tensor(name)
-        return weight
+def _dot(indices: Tensor, delta: Tensor, other_indices: Tensor, other: Tensor) -> float:
+    mine = delta[torch.isin(indices, other_indices)].flatten()
+    theirs = other[torch.isin(other_indices, indices)].flatten()
+    return float(mine @ theirs)

@@ -1,4 +1,4 @@
-"""Pictures of a run: its loss, and where in the model it moved the weights.
+"""Pictures of a run: its loss, what it trains, and where in the model it moved the weights.
 
 Invariant: drawn by matplotlib's object API on the Agg canvas: no display, no global state, safe in
 any thread.
@@ -15,12 +15,22 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
+from s2ft_ray.method import Selection
+from s2ft_ray.method.selection import KINDS
 from s2ft_ray.registry.deltas import ModuleDelta
 from s2ft_ray.registry.journal import Point
 
 TRAIN_COLOUR, EVAL_COLOUR = "#4477aa", "#cc3311"  # told apart by colour-blind readers too
 _COLOURS = colormaps["viridis"].with_extremes(bad="#dddddd")
 _MOST_NUMBERS = 128  # cells that are still legible with their number written in
+_MOST_ROWS = 64  # rows of a panel: more heads or channels than that share one
+_UNITS = {
+    "heads": "query head",
+    "kv_heads": "key/value head",
+    "channels": "channel",
+    "expert_channels": "channel of each expert",
+    "shared_channels": "channel of the shared expert",
+}
 _ORDER = ("q", "k", "v", "qkv", "o", "gate", "up", "gate_up", "down")
 
 
@@ -75,8 +85,50 @@ def draw_deltas(deltas: Sequence[ModuleDelta], path: Path, title: str) -> None:
     _write(figure, path)
 
 
+def draw_selection(selection: Selection, path: Path, title: str) -> None:
+    """Draw which heads and channels are trained, by layer, one panel a kind, into `path`."""
+    kinds = [kind for kind in KINDS if getattr(selection, kind)]
+    width = min(24.0, max(6.0, 3.0 + 0.2 * selection.num_layers))
+    heights = [1.0 + 0.06 * min(_MOST_ROWS, selection.num_units[kind]) for kind in kinds]
+    figure = Figure(figsize=(width, 1.0 + sum(heights)), layout="constrained")
+    panels = figure.subplots(len(kinds), sharex=True, squeeze=False, height_ratios=heights)
+    for axes, kind in zip(panels[:, 0], kinds, strict=True):
+        cells = 100 * _selected_shares(selection, kind)
+        last = selection.num_units[kind] - 0.5
+        image = axes.imshow(
+            cells,
+            aspect="auto",
+            interpolation="nearest",
+            cmap="Blues",
+            vmin=0,
+            extent=(-0.5, selection.num_layers - 0.5, last, -0.5),
+        )
+        axes.set(ylabel=_UNITS[kind])
+        axes.yaxis.set_major_locator(MaxNLocator(integer=True))
+        figure.colorbar(image, ax=axes, label="% trained", pad=0.01, fraction=0.05)
+    panels[-1, 0].set(xlabel="layer")
+    panels[-1, 0].xaxis.set_major_locator(MaxNLocator(integer=True))
+    panels[0, 0].set(title=title)
+    _write(figure, path)
+
+
+def _selected_shares(selection: Selection, kind: str) -> Any:
+    """Return the share of each cell's units that is trained: [rows, layers], of experts all."""
+    count = selection.num_units[kind]
+    edges = np.linspace(0, count, min(_MOST_ROWS, count) + 1)
+    cells = np.zeros((len(edges) - 1, selection.num_layers))
+    for layer, units in getattr(selection, kind).items():
+        of_each = units if kind == "expert_channels" else [units]
+        chosen, _ = np.histogram(np.concatenate(of_each), bins=edges)
+        cells[:, layer] = chosen / len(of_each)
+    return cells / np.histogram(np.arange(count), bins=edges)[0][:, None]
+
+
 def _arrange(deltas: Sequence[ModuleDelta]) -> tuple[list[str], list[str], Any]:
     places = {delta.module: _place(delta.module) for delta in deltas}
+    paths = {path for path, _ in places.values()}
+    if len({_last(path) for path in paths}) == len(paths):
+        places = {module: (_last(path), layer) for module, (path, layer) in places.items()}
     rows = sorted({row for row, _ in places.values()}, key=_order)
     layers = sorted({layer for _, layer in places.values()})
     cells = np.full((len(rows), len(layers)), np.nan)
@@ -87,12 +139,17 @@ def _arrange(deltas: Sequence[ModuleDelta]) -> tuple[list[str], list[str], Any]:
 
 
 def _place(module: str) -> tuple[str, int]:
+    """Return the path within the layer, and the layer."""
     layer = re.search(r"\.(\d+)\.", module)
-    return module.rpartition(".")[2], int(layer.group(1)) if layer else 0
+    return (module[layer.end() :], int(layer.group(1))) if layer else (module, 0)
+
+
+def _last(path: str) -> str:
+    return path.rpartition(".")[2]
 
 
 def _order(row: str) -> tuple[int, str]:
-    name = row.removesuffix("_proj")
+    name = _last(row).removesuffix("_proj")
     return (_ORDER.index(name) if name in _ORDER else len(_ORDER), row)
 
 

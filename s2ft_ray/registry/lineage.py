@@ -1,13 +1,12 @@
 """The adapter that a run continues (``registry.parent``), and the tags that tell of it."""
 
 from dataclasses import dataclass
-from pathlib import Path
 
 from s2ft_ray.config import RunConfig
 from s2ft_ray.errors import ConfigError
 from s2ft_ray.method import Adapter
 from s2ft_ray.registry.connection import default_tracking_uri
-from s2ft_ray.registry.resolution import resolve_adapter
+from s2ft_ray.registry.resolution import locate_adapter
 
 LINEAGE_TAGS = ("parent", "parent_version", "parent_fingerprint", "job")
 
@@ -38,17 +37,8 @@ def resolve_parent(config: RunConfig) -> Parent | None:
     ref = config.registry.parent
     if ref is None:
         return None
-    folder = Path(ref).expanduser()
-    if (folder / "adapter_config.json").is_file():
-        parent = Parent(Adapter.load(folder), str(folder.absolute()), None)
-    elif folder.is_absolute() or folder.is_dir():
-        raise ConfigError(
-            f"registry.parent: {ref} holds no adapter_config.json; name an adapter's folder or a"
-            " registered adapter (<tenant>.<name>, ...@<alias>, ...:<version>)"
-        )
-    else:
-        found = resolve_adapter(ref, default_tracking_uri(config))
-        parent = Parent(Adapter.load(found.folder), found.name, found.version)
+    found = locate_adapter(ref, default_tracking_uri(config))
+    parent = Parent(Adapter.load(found.folder), found.name, found.version)
     _check_selection(config, parent)
     return parent
 

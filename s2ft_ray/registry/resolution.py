@@ -16,7 +16,7 @@ from mlflow.models import Model
 from mlflow.pyfunc import DATA, FLAVOR_NAME
 
 from s2ft_ray.config import s2ft_home
-from s2ft_ray.errors import AdapterError
+from s2ft_ray.errors import AdapterError, ConfigError
 from s2ft_ray.registry.connection import (
     connect,
     default_tracking_uri,
@@ -42,6 +42,37 @@ class ResolvedAdapter:
     tags: dict[str, str]
 
 
+@dataclass(frozen=True)
+class LocatedAdapter:
+    """An adapter's folder, and where it was found."""
+
+    folder: Path
+    name: str
+    """Its registered name, or the folder that was named."""
+    version: int | None
+    """None for a folder."""
+
+    def __str__(self) -> str:
+        return self.name if self.version is None else f"{self.name}:{self.version}"
+
+
+def locate_adapter(ref: str, tracking_uri: str | None = None) -> LocatedAdapter:
+    """Find the adapter that `ref` names: a folder that holds one, else a registered adapter.
+
+    Raises ConfigError for a folder without an adapter, and what `resolve_adapter` raises.
+    """
+    folder = Path(ref).expanduser()
+    if (folder / "adapter_config.json").is_file():
+        return LocatedAdapter(folder.absolute(), str(folder.absolute()), None)
+    if folder.is_absolute() or folder.is_dir():
+        raise ConfigError(
+            f"{ref} holds no adapter_config.json; name an adapter's folder or a registered adapter"
+            " (<tenant>.<name>, ...@<alias>, ...:<version>)"
+        )
+    found = resolve_adapter(ref, tracking_uri)
+    return LocatedAdapter(found.folder, found.name, found.version)
+
+
 def resolve_adapter(ref: str, tracking_uri: str | None = None) -> ResolvedAdapter:
     """Find the adapter that `ref` names, and bring its files here.
 
@@ -53,7 +84,7 @@ def resolve_adapter(ref: str, tracking_uri: str | None = None) -> ResolvedAdapte
     uri = tracking_uri or default_tracking_uri()
     with reaching(uri, f"{ref}: can't be looked up"):
         client = connect(uri)
-        version = _find(client, parsed)
+        version = find_version(client, parsed)
         folder = adapter_folder(client, version)
     alias = parsed.alias or (None if parsed.version else DEFAULT_ALIAS)
     return ResolvedAdapter(
@@ -97,7 +128,8 @@ def _data_folder(model: Path) -> Path:
     return model.joinpath(flavor[DATA])
 
 
-def _find(client: MlflowClient, ref: ModelRef) -> ModelVersion:
+def find_version(client: MlflowClient, ref: ModelRef) -> ModelVersion:
+    """Return the version that `ref` names. Raises AdapterError that says what there is instead."""
     try:
         if ref.version is not None:
             return client.get_model_version(ref.name, str(ref.version))

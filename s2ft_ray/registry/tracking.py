@@ -22,13 +22,13 @@ from safetensors import SafetensorError
 from s2ft_ray.bases.folders import local_folder
 from s2ft_ray.config import RunConfig
 from s2ft_ray.data import DataReport
-from s2ft_ray.errors import S2FTError
-from s2ft_ray.method import Adapter
+from s2ft_ray.errors import Preempted, S2FTError
+from s2ft_ray.method import Adapter, Selection
 from s2ft_ray.registry.connection import default_tracking_uri, reaching
 from s2ft_ray.registry.courier import Courier
 from s2ft_ray.registry.delivery import METRICS, Delivery
 from s2ft_ray.registry.deltas import measure_deltas
-from s2ft_ray.registry.figures import draw_deltas, draw_loss
+from s2ft_ray.registry.figures import draw_deltas, draw_loss, draw_selection
 from s2ft_ray.registry.journal import Entry, Journal, MetricsFile, Point
 from s2ft_ray.registry.names import check_alias
 
@@ -36,6 +36,7 @@ log = logging.getLogger(__name__)
 
 RunStatus = Literal["FINISHED", "FAILED", "KILLED"]
 JOURNAL = "tracking.json"
+SELECTION = "selection.json"  # the workers' note of what they train
 
 
 class TrackedRun:
@@ -106,10 +107,11 @@ class TrackedRun:
             self._journal.owe(Entry("dataset", payload))
 
     def record_adapter(self, adapter: Adapter, parent: Adapter | None = None) -> None:
-        """Record how far each module moved, as metrics and as a heatmap in ``figures/``.
+        """Record what was trained and how far each module moved: metrics, and ``figures/``.
 
         What can't be measured is logged and left out: the adapter is worth more than its picture.
         """
+        self._record_selection()
         figure = self._folder / "figures" / "deltas.png"
         try:
             deltas = measure_deltas(adapter, local_folder(self._config.model, weights=True), parent)
@@ -125,6 +127,16 @@ class TrackedRun:
             Entry("metrics", {"step": step, "time": at, "values": values}),
             Entry("tags", {"fingerprint": adapter.fingerprint}),
         )
+        self.record_file(figure, "figures")
+
+    def _record_selection(self) -> None:
+        """Draw which heads and channels the workers have selected, where they have noted it."""
+        document, figure = self._folder / SELECTION, self._folder / "figures" / "selection.png"
+        if not document.exists():  # an adapter that wasn't trained in this folder
+            return
+        selection = Selection.from_json(json.loads(document.read_text(encoding="utf-8")))
+        draw_selection(selection, figure, f"{self._config.registered_name}: what is trained")
+        self.record_file(document)
         self.record_file(figure, "figures")
 
     def record_file(self, path: Path, folder: str = "") -> None:
@@ -187,7 +199,8 @@ class TrackedRun:
             self.finish("FINISHED")
         else:
             # Short: whoever waits wants to see the error, and the run folder keeps the rest.
-            self.finish("FAILED" if issubclass(kind, Exception) else "KILLED", timeout_s=5.0)
+            failed = issubclass(kind, Exception) and not issubclass(kind, Preempted)
+            self.finish("FAILED" if failed else "KILLED", timeout_s=5.0)
 
 
 def deliver_run(config: RunConfig, run_folder: Path) -> str:

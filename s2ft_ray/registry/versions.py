@@ -29,6 +29,7 @@ from mlflow.types.schema import AnyType, ColSpec, DataType, ParamSchema, ParamSp
 from s2ft_ray.config import RunConfig
 from s2ft_ray.errors import AdapterError, JobError
 from s2ft_ray.method import Adapter
+from s2ft_ray.registry.aliases import move_alias
 from s2ft_ray.registry.connection import connect, default_tracking_uri, reaching
 from s2ft_ray.registry.lineage import LINEAGE_TAGS
 from s2ft_ray.registry.names import check_alias
@@ -116,7 +117,7 @@ class _Registration:
         number = str(version.version)
         if ALIAS_TAG not in version.tags:
             self._verify(client, version)
-            client.set_registered_model_alias(self.name, self.alias, number)
+            move_alias(client, self.name, self.alias, int(number))
             client.set_model_version_tag(self.name, number, ALIAS_TAG, self.alias)
         alias = version.tags.get(ALIAS_TAG, self.alias)
         return RegisteredVersion(self.name, int(number), alias, self.fingerprint)

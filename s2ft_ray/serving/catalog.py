@@ -1,0 +1,133 @@
+"""What can be called, by whom: the bases, and the live version of every alias.
+
+Invariant: a catalog is a value. The ingress answers a request from one catalog, so no request sees
+half of a change; an alias points to a version that has passed its checks, or isn't in it.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from s2ft_ray.accounts import Principal
+from s2ft_ray.errors import ConfigError
+from s2ft_ray.registry import ModelRef, parse_ref
+from s2ft_ray.serving.routes import Route
+from s2ft_ray.serving.wire_errors import ApiError, model_not_found
+
+DEFAULT_ALIAS = "champion"
+EVERYONE = "*"
+
+
+@dataclass(frozen=True)
+class CatalogModel:
+    """One registered model that can be called."""
+
+    name: str
+    shared_with: frozenset[str] = frozenset()
+    """Tenants beside the owner; ``*``: everyone."""
+    live: Mapping[str, Route] = field(default_factory=dict)
+    """By alias."""
+    rejected: Mapping[str, str] = field(default_factory=dict)
+    """By alias: why its newest version takes no traffic."""
+
+    @property
+    def tenant(self) -> str:
+        """The owner."""
+        return self.name.partition(".")[0]
+
+    def is_visible_to(self, principal: Principal) -> bool:
+        """Tell whether a key may know of the model."""
+        if principal.is_operator or principal.tenant == self.tenant:
+            return True
+        return EVERYONE in self.shared_with or principal.tenant in self.shared_with
+
+
+@dataclass(frozen=True)
+class Catalog:
+    """The whole of it, as the watcher saw it last."""
+
+    revision: tuple[str, int] = ("", 0)
+    """The watcher that made it, and how many it had made before."""
+    is_ready: bool = False
+    """Whether the registry has been read once."""
+    bases: Mapping[str, Route] = field(default_factory=dict)
+    models: Mapping[str, CatalogModel] = field(default_factory=dict)
+    problem: str | None = None
+    """Why the registry can't be read now; what is known goes on being served."""
+
+    def resolve(self, model_id: str, principal: Principal) -> Route | ModelRef:
+        """Find what `model_id` names: a route, or a version that the watcher has to look up.
+
+        Raises ApiError: 404 for what isn't there or isn't the caller's, 503 where the registry
+        can't tell.
+        """
+        if model_id in self.bases:
+            return self.bases[model_id]
+        try:
+            ref = parse_ref(model_id)
+        except ConfigError:
+            raise model_not_found(model_id) from None
+        if model_id != str(ref):  # models:/... is MLflow's way to write it, not this API's
+            raise model_not_found(model_id)
+        if not self.is_ready:
+            raise self._unknown_yet(model_id)
+        model = self.models.get(ref.name)
+        if model is None or not model.is_visible_to(principal):
+            if self.problem is not None and principal.tenant in (None, ref.name.partition(".")[0]):
+                raise self._unknown_yet(model_id)
+            raise model_not_found(model_id)
+        if ref.version is not None:
+            for route in model.live.values():
+                if route.adapter is not None and route.adapter.version == str(ref.version):
+                    return route
+            return ref
+        alias = ref.alias or DEFAULT_ALIAS
+        if alias not in model.live:
+            raise self._not_live(model_id, model, alias)
+        return model.live[alias]
+
+    def _not_live(self, model_id: str, model: CatalogModel, alias: str) -> ApiError:
+        if alias in model.rejected:
+            return model_not_found(
+                model_id, f"its version takes no traffic, {model.rejected[alias]}"
+            )
+        known = ", ".join(sorted(model.live)) or "none"
+        return model_not_found(model_id, f"no alias {alias}, there is {known}")
+
+    def _unknown_yet(self, model_id: str) -> ApiError:
+        reason = self.problem or "it has not been read yet"
+        return ApiError(
+            503,
+            f"The model `{model_id}` can't be looked up in the registry now: {reason}",
+            param="model",
+            code="registry_unavailable",
+            retry_after_s=5,
+        )
+
+    def listing(self, principal: Principal) -> list[dict[str, Any]]:
+        """Return what the key may call, as OpenAI's model objects: bases, then adapters."""
+        listed = [
+            _model_object(base_id, route, owner="s2ft") for base_id, route in self.bases.items()
+        ]
+        for name, model in sorted(self.models.items()):
+            if not model.is_visible_to(principal):
+                continue
+            aliases = sorted(model.live, key=lambda alias: (alias != DEFAULT_ALIAS, alias))
+            for alias in aliases:
+                route = model.live[alias]
+                shown = name if alias == DEFAULT_ALIAS else f"{name}@{alias}"
+                listed.append(_model_object(shown, route, owner=model.tenant))
+        return listed
+
+
+def _model_object(model_id: str, route: Route, owner: str) -> dict[str, Any]:
+    shown: dict[str, Any] = {
+        "id": model_id,
+        "object": "model",
+        "created": int(route.created_at),
+        "owned_by": owner,
+        "fingerprint": route.fingerprint,
+    }
+    if route.adapter is not None:
+        shown |= {"version": route.adapter.version, "base": route.base_id}
+    return shown

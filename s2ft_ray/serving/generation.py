@@ -1,0 +1,254 @@
+"""From a request to its answers, on one engine: prompts in, OpenAI's bodies out.
+
+Invariant: whatever ends a request (its last token, a stop text, an error, a client that left), the
+engine is told to drop what isn't finished.
+"""
+
+import asyncio
+import time
+from collections.abc import AsyncGenerator, Sequence
+from contextlib import aclosing, suppress
+from typing import Protocol
+
+from transformers import PreTrainedTokenizerBase
+
+from s2ft_ray.serving.answers import Answer, Piece, TokenLogprob
+from s2ft_ray.serving.bodies import (
+    DONE,
+    Bodies,
+    ChatBodies,
+    CompletionBodies,
+    Usage,
+    event,
+    usage_chunk,
+    whole,
+)
+from s2ft_ray.serving.detokenizer import TokenTexts, decode
+from s2ft_ray.serving.prompts import Limits, answer_tokens, encode_chat, encode_prompts
+from s2ft_ray.serving.requests import (
+    AdapterKey,
+    FinishReason,
+    GenerationRequest,
+    PromptLogprob,
+    SamplingParams,
+    TokenOutput,
+)
+from s2ft_ray.serving.routes import ServedRequest
+from s2ft_ray.serving.schemas import ChatRequest, CompletionRequest
+
+_COMPLETION_TOKENS = 16  # OpenAI's default for a completion; a chat ends where it ends
+
+
+class Generates(Protocol):
+    """What is asked of the engine here."""
+
+    def generate(self, request: GenerationRequest) -> AsyncGenerator[TokenOutput]:
+        """Yield the tokens of one answer; closing it early drops the request."""
+
+    async def score(
+        self, prompt_ids: Sequence[int], adapter: AdapterKey | None = None, top_logprobs: int = 0
+    ) -> Sequence[PromptLogprob]:
+        """Return what the model says of each token of a prompt."""
+
+
+class Meter(Protocol):
+    """Who is told what a request took."""
+
+    def first_token(self, request: ServedRequest, seconds: float) -> None:
+        """Count the time from a request's arrival to its first token."""
+
+    def next_token(self, request: ServedRequest, seconds: float) -> None:
+        """Count the time between two tokens of one answer."""
+
+    def tokens(self, request: ServedRequest, usage: Usage) -> None:
+        """Count a request's tokens once it is over, however it ended."""
+
+
+class Generator:
+    """Answers requests with one engine and its tokenizer."""
+
+    def __init__(
+        self, engine: Generates, tokenizer: PreTrainedTokenizerBase, limits: Limits, meter: Meter
+    ) -> None:
+        self._engine = engine
+        self._tokenizer = tokenizer
+        self._texts = TokenTexts(tokenizer)
+        self._limits = limits
+        self._meter = meter
+
+    async def whole(self, served: ServedRequest) -> str:
+        """Return the whole body. Raises ApiError for what can't be answered."""
+        run = _Run(self._engine, self._tokenizer, self._limits, self._meter, served)
+        choices = [await run.echo(index) for index in range(len(run.answers))]
+        async with aclosing(run.batches()) as batches:
+            async for batch in batches:
+                for index, piece in batch:
+                    choices[index].add(piece)
+        return whole(self._bodies(served), served.identity, choices, run.usage)
+
+    async def stream(self, served: ServedRequest) -> AsyncGenerator[str]:
+        """Yield server-sent events, several in one text where they are there at once.
+
+        Raises ApiError for what can't be answered, before the first event.
+        """
+        run = _Run(self._engine, self._tokenizer, self._limits, self._meter, served)
+        bodies = self._bodies(served)
+        echoes = [await run.echo(index) for index in range(len(run.answers))]
+        opening = [bodies.first(index) for index in range(len(run.answers))]
+        opening += [bodies.chunk(index, echo) for index, echo in enumerate(echoes) if echo]
+        text = "".join(event(chunk) for chunk in opening if chunk)
+        async with aclosing(run.batches()) as batches:
+            async for batch in batches:  # the opening waits for the first token: see `ingress`
+                yield text + "".join(event(bodies.chunk(*piece)) for piece in batch)
+                text = ""
+        if served.request.wants_usage:
+            text += usage_chunk(bodies, served.identity, run.usage)
+        yield text + DONE
+
+    def _bodies(self, served: ServedRequest) -> Bodies:
+        request = served.request
+        if isinstance(request, ChatRequest):
+            return ChatBodies(served.identity, self._texts, bool(request.logprobs))
+        return CompletionBodies(served.identity, self._texts, request.logprobs is not None)
+
+
+class _Run:
+    """The answers to one request, each a generation of its own."""
+
+    def __init__(
+        self,
+        engine: Generates,
+        tokenizer: PreTrainedTokenizerBase,
+        limits: Limits,
+        meter: Meter,
+        served: ServedRequest,
+    ) -> None:
+        self._engine = engine
+        self._meter = meter
+        self._served = served
+        self._tokenizer = tokenizer
+        request = served.request
+        if isinstance(request, ChatRequest):
+            template = served.route.chat_template
+            self._prompts = [encode_chat(request, tokenizer, template, limits)]
+            asked, default = request.token_limit, None
+        else:
+            self._prompts = encode_prompts(request, tokenizer, limits)
+            asked, default = request.max_tokens, _COMPLETION_TOKENS
+        most = answer_tokens(self._prompts, asked, default, limits)
+        each = [prompt for prompt in self._prompts for _ in range(request.num_choices)]
+        self.answers = [Answer(tokenizer, prompt, request.stops) for prompt in each]
+        self._requests = [
+            GenerationRequest(
+                request_id=f"{served.request_id}-{index}",
+                prompt_ids=tuple(prompt),
+                params=_params(request, most, index % request.num_choices),
+                adapter=served.route.adapter,
+                tenant=served.tenant,
+            )
+            for index, prompt in enumerate(each)
+        ]
+        self._is_scoring = most == 0
+        self._started = time.monotonic()
+        self._is_first = True
+        self._queue: asyncio.Queue[tuple[int, Piece] | BaseException | None] = asyncio.Queue()
+
+    @property
+    def usage(self) -> Usage:
+        """The tokens so far."""
+        return Usage(
+            sum(len(prompt) for prompt in self._prompts),
+            sum(answer.num_tokens for answer in self.answers),
+        )
+
+    async def echo(self, index: int) -> Piece:
+        """Return the prompt as the first piece of its answer, where the request wants it."""
+        request = self._served.request
+        if not isinstance(request, CompletionRequest) or not request.echo:
+            return Piece()
+        ids = self._requests[index].prompt_ids
+        finish_reason: FinishReason | None = "length" if self._is_scoring else None
+        text = decode(self._tokenizer, ids)
+        if request.logprobs is None:
+            return Piece(text, finish_reason=finish_reason)
+        adapter = self._served.route.adapter
+        scored = await self._engine.score(ids, adapter, request.logprobs)
+        tokens = []
+        for place, token in enumerate(scored):
+            offset = len(decode(self._tokenizer, ids[:place]))
+            tokens.append(TokenLogprob(token.token_id, token.logprob, token.top_logprobs, offset))
+        self.answers[index].follow(text)
+        return Piece(text, tokens, finish_reason)
+
+    async def batches(self) -> AsyncGenerator[list[tuple[int, Piece]]]:
+        """Yield (place of the answer, piece), all that are there at once, until all are whole."""
+        if self._is_scoring:
+            return
+        tasks = [asyncio.create_task(self._generate(index)) for index in range(len(self.answers))]
+        running = len(tasks)
+        try:
+            while running:
+                items = [await self._queue.get()]
+                while not self._queue.empty():
+                    items.append(self._queue.get_nowait())
+                for item in items:
+                    if isinstance(item, BaseException):
+                        raise item
+                running -= items.count(None)
+                batch = [item for item in items if isinstance(item, tuple)]
+                if batch:
+                    yield batch
+        finally:
+            for task in tasks:
+                task.cancel()
+            for task in tasks:
+                with suppress(asyncio.CancelledError):
+                    await task
+            self._meter.tokens(self._served, self.usage)
+
+    async def _generate(self, index: int) -> None:
+        answer, request = self.answers[index], self._requests[index]
+        last = None
+        try:
+            async with aclosing(self._engine.generate(request)) as outputs:
+                async for output in outputs:
+                    now = time.monotonic()
+                    self._time(last, now)
+                    last = now
+                    piece = answer.push(output)
+                    if piece:
+                        self._queue.put_nowait((index, piece))
+                    if answer.is_finished:
+                        break
+            self._queue.put_nowait(None)
+        except Exception as error:  # noqa: BLE001 - handed to who waits for the pieces
+            self._queue.put_nowait(error)
+
+    def _time(self, last: float | None, now: float) -> None:
+        if last is not None:
+            self._meter.next_token(self._served, now - last)
+        elif self._is_first:
+            self._is_first = False
+            self._meter.first_token(self._served, now - self._started)
+
+
+def _params(
+    request: CompletionRequest | ChatRequest, max_tokens: int, choice: int
+) -> SamplingParams:
+    if isinstance(request, ChatRequest):
+        logprobs = (request.top_logprobs or 0) if request.logprobs else None
+        schema = request.json_schema
+    else:
+        logprobs, schema = request.logprobs, None
+    return SamplingParams(
+        max_tokens=max_tokens,
+        temperature=1.0 if request.temperature is None else request.temperature,
+        top_p=1.0 if request.top_p is None else request.top_p,
+        top_k=request.top_k or 0,
+        # n answers of one seed are n different ones, and the same ones again
+        seed=None if request.seed is None else request.seed + choice,
+        presence_penalty=request.presence_penalty or 0.0,
+        frequency_penalty=request.frequency_penalty or 0.0,
+        logprobs=logprobs,
+        json_schema=schema,
+    )

@@ -1,0 +1,199 @@
+"""A base model's replica: the glue between Ray Serve and one engine.
+
+Invariant: a request is answered by the adapter version that its route names, or refused; an adapter
+is used only once its fingerprint and its base's were found to be what the registry says.
+"""
+
+import asyncio
+import logging
+import time
+from collections.abc import AsyncGenerator
+from contextlib import aclosing
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from s2ft_ray.bases import load_base_model, load_tokenizer
+from s2ft_ray.errors import AdapterError, ConfigError, S2FTError
+from s2ft_ray.method import Adapter, base_fingerprint
+from s2ft_ray.registry import resolve_adapter
+from s2ft_ray.serving import canary
+from s2ft_ray.serving.engine import Engine
+from s2ft_ray.serving.generation import Generator
+from s2ft_ray.serving.metrics import TokenMetrics
+from s2ft_ray.serving.prompts import Limits
+from s2ft_ray.serving.requests import AdapterKey
+from s2ft_ray.serving.routes import Route, ServedRequest
+from s2ft_ray.serving.settings import BaseSettings, ServingSettings
+from s2ft_ray.serving.uses import Uses
+from s2ft_ray.serving.wire_errors import ApiError
+
+log = logging.getLogger("ray.serve")
+_STATS_S = 5.0
+
+
+class Replica:
+    """One base in memory, with its engine. Methods are called through Serve's handle."""
+
+    def __init__(self, base: BaseSettings, settings: ServingSettings) -> None:
+        self._base_id = base.model_id
+        self._tracking_uri = settings.tracking_uri
+        self._base = base
+        self._folders: dict[AdapterKey, str] = {}
+        self._templates: dict[str, str] = {}
+        self._uses = Uses()
+        model = load_base_model(base.model)
+        if base.num_gpus:
+            model.to("cuda")
+        self._dtype = model.dtype
+        self._fingerprint = base_fingerprint(model)
+        tokenizer = load_tokenizer(base.model)
+        self._reference = canary.MergedReference(model)
+        self._checking = asyncio.Lock()
+        self._engine = Engine(
+            model,
+            tokenizer,
+            self._load,
+            slot_bytes=base.adapter_slot_bytes,
+            host_bytes=base.adapter_host_bytes,
+        )
+        self._engine.start()
+        self._limits = Limits(
+            context_tokens=self._engine.max_tokens,
+            output_tokens=settings.max_output_tokens,
+            vocab_size=int(model.config.get_text_config().vocab_size),
+        )
+        self._metrics = TokenMetrics()
+        self._generator = Generator(self._engine, tokenizer, self._limits, self._metrics)
+        self._loaded_at = time.time()
+        self._reporting: asyncio.Task[None] | None = None
+
+    def describe(self) -> Route:
+        """Return the route to the base alone."""
+        return Route(self._base_id, self._fingerprint, created_at=self._loaded_at)
+
+    def ping(self) -> None:
+        """Raise where the engine is stuck or dead."""
+        self._engine.check_health()
+
+    async def whole(self, served: ServedRequest) -> str | ApiError:
+        """Answer a request in one body."""
+        try:
+            return await self._generator.whole(await self._prepare(served))
+        except Exception as error:  # noqa: BLE001 - the request's edge: nothing but an answer leaves
+            return self._refusal(error, served)
+
+    async def stream(self, served: ServedRequest) -> AsyncGenerator[str | ApiError]:
+        """Answer a request in server-sent events; an ApiError is the last thing that comes."""
+        try:
+            prepared = await self._prepare(served)
+            async with aclosing(self._generator.stream(prepared)) as events:
+                async for text in events:
+                    yield text
+        except Exception as error:  # noqa: BLE001 - as above
+            yield self._refusal(error, served)
+
+    async def check(self, route: Route) -> str | None:
+        """Try an adapter before it takes traffic, and leave it loaded; return what is wrong."""
+        key = route.adapter
+        assert key is not None
+        try:
+            self._remember(route)
+            await self._template(route)
+            adapter = await asyncio.to_thread(self._load, key)
+            prompt = canary.prompt_of(self._limits.vocab_size)
+            async with self._checking:
+                merged = await asyncio.to_thread(self._reference.logprobs, adapter, prompt)
+            served = await self._engine.score(prompt, key, 0)
+            canary.compare(served, merged, self._dtype)
+        except S2FTError as error:
+            await self.release(key)
+            return " ".join(str(error).split())
+        return None
+
+    async def release(self, key: AdapterKey) -> None:
+        """Drop an adapter once no request uses it."""
+        self._folders.pop(key, None)
+        self._engine.drop(key)
+
+    async def adapters(self) -> list[dict[str, Any]]:
+        """Return what the engine holds of each adapter."""
+        now = time.time()
+        return [
+            {
+                "name": resident.key.name,
+                "version": int(resident.key.version),
+                "fingerprint": resident.key.fingerprint,
+                "tier": resident.tier,
+                "bytes": resident.size_bytes,
+                "running": resident.num_running,
+                **self._uses.describe(resident.key, now),
+            }
+            for resident in self._engine.residents()
+        ]
+
+    async def check_health(self) -> None:
+        """Raise where the engine is stuck or dead: Serve then replaces the replica."""
+        self._engine.check_health()
+        if self._reporting is None:
+            self._reporting = asyncio.create_task(self._report())
+
+    async def __del__(self) -> None:
+        self._engine.stop()
+
+    async def _prepare(self, served: ServedRequest) -> ServedRequest:
+        self._remember(served.route)
+        if served.route.adapter is not None:
+            self._uses.count(served.route.adapter, time.time())
+        if served.route.chat_template is None:
+            return served
+        template = await self._template(served.route)
+        return replace(served, route=replace(served.route, chat_template=template))
+
+    def _remember(self, route: Route) -> None:
+        if route.adapter is not None and route.folder is not None:
+            self._folders[route.adapter] = route.folder
+
+    async def _template(self, route: Route) -> str | None:
+        """Return the Jinja text of the route's chat template, which may be a file's name."""
+        wanted = route.chat_template
+        if wanted is not None and wanted not in self._templates:
+            tokenizer = await asyncio.to_thread(load_tokenizer, self._base.model, wanted)
+            self._templates[wanted] = str(tokenizer.chat_template)
+        return None if wanted is None else self._templates[wanted]
+
+    def _load(self, key: AdapterKey) -> Adapter:
+        """Read an adapter and make sure that it is the one that was named."""
+        folder = self._folders.get(key)
+        if folder is None or not Path(folder, "adapter_config.json").is_file():
+            folder = str(resolve_adapter(str(key), self._tracking_uri).folder)
+        adapter = Adapter.load(folder)
+        if adapter.fingerprint != key.fingerprint:
+            raise AdapterError(
+                f"{key}: its files have fingerprint {adapter.fingerprint[:16]}, the registry says"
+                f" {key.fingerprint[:16]}"
+            )
+        if adapter.base.fingerprint != self._fingerprint:
+            raise AdapterError(
+                f"{key}: was trained on a base with fingerprint {adapter.base.fingerprint[:16]},"
+                f" {self._base_id} has {self._fingerprint[:16]}"
+            )
+        return adapter
+
+    def _refusal(self, error: Exception, served: ServedRequest) -> ApiError:
+        if isinstance(error, ApiError):
+            return error
+        model = served.identity.model
+        if isinstance(error, ConfigError):
+            return ApiError(400, " ".join(str(error).split()))
+        if isinstance(error, S2FTError):
+            log.warning("request %s: %s", served.request_id, error)
+            reason = " ".join(str(error).split())
+            return ApiError(503, f"The model `{model}` can't answer now: {reason}", retry_after_s=5)
+        log.exception("request %s failed", served.request_id)
+        return ApiError(500, f"The request failed inside the server; its id is {served.request_id}")
+
+    async def _report(self) -> None:
+        while True:
+            self._metrics.engine(self._engine.stats())
+            await asyncio.sleep(_STATS_S)

@@ -1,0 +1,297 @@
+"""What the ingress does with a request: who asks, which version answers, how it is bounded.
+
+Invariant: a request is sent to a replica again only while nothing of its answer has gone out; a
+stream that breaks later ends with an error event, never with a wrong or silent end.
+"""
+
+import asyncio
+import logging
+import time
+import uuid
+from collections.abc import AsyncGenerator, AsyncIterator, Mapping
+from contextlib import aclosing, suppress
+from dataclasses import dataclass
+from typing import Any, Protocol, TypeVar
+
+from s2ft_ray.accounts import Principal, Tenant
+from s2ft_ray.registry import AliasMove, ModelRef
+from s2ft_ray.serving.bodies import Identity, event
+from s2ft_ray.serving.catalog import Catalog
+from s2ft_ray.serving.limits import TenantLimits
+from s2ft_ray.serving.routes import Route, ServedRequest, tags_of
+from s2ft_ray.serving.schemas import ChatRequest, CompletionRequest
+from s2ft_ray.serving.settings import ServingSettings
+from s2ft_ray.serving.wire_errors import ApiError, model_not_found
+
+log = logging.getLogger("ray.serve")
+T = TypeVar("T")
+_RETRY_PAUSES_S = (0.0, 0.2, 1.0, 3.0)
+_PROBE_S = 2.0
+_PROBE_TIMEOUT_S = 5.0
+_SILENCE_S = 15.0
+"""A base that answers nothing for so long, pings included, is not healthy."""
+
+
+class ReplicaLostError(Exception):
+    """The replica that held a request died."""
+
+
+class BaseClient(Protocol):
+    """A base's replicas, seen from the ingress."""
+
+    async def whole(self, served: ServedRequest) -> str | ApiError:
+        """Answer in one body. Raises ReplicaLostError, ApiError where the queue is full."""
+
+    def stream(self, served: ServedRequest) -> AsyncGenerator[str | ApiError]:
+        """Answer in server-sent events. Raises what `whole` raises."""
+
+    async def ping(self) -> None:
+        """Raise unless a replica answers and its engine works."""
+
+    async def adapters(self) -> list[dict[str, Any]]:
+        """Return what a replica holds of each adapter."""
+
+
+class WatcherClient(Protocol):
+    """The watcher, seen from the ingress."""
+
+    async def catalog(self, after: tuple[str, int]) -> Catalog:
+        """Return the catalog once it is another than `after`."""
+
+    async def find(self, ref: ModelRef) -> Route | str | ApiError:
+        """Return the route to one version, why there is none, or why nobody can tell."""
+
+    async def promote(self, name: str, version: int, alias: str) -> AliasMove | ApiError:
+        """Move an alias."""
+
+    async def rollback(self, name: str, alias: str) -> AliasMove | ApiError:
+        """Move an alias back."""
+
+
+class Counts(Protocol):
+    """Who is told how requests end."""
+
+    def ended(self, tags: dict[str, str], status: int, seconds: float) -> None:
+        """Count a request."""
+
+    def running(self, count: int) -> None:
+        """Tell how many requests are at work."""
+
+    def retried(self) -> None:
+        """Count a request that is sent again."""
+
+
+@dataclass(frozen=True)
+class Caller:
+    """Who a request comes from."""
+
+    principal: Principal
+    tenant: Tenant
+    request_id: str
+
+
+class Service:
+    """Answers requests from one catalog at a time."""
+
+    def __init__(
+        self,
+        settings: ServingSettings,
+        bases: Mapping[str, BaseClient],
+        watcher: WatcherClient,
+        counts: Counts,
+    ) -> None:
+        self._settings = settings
+        self._bases = bases
+        self._watcher = watcher
+        self._counts = counts
+        self._limits = TenantLimits()
+        self._catalog = Catalog()
+        self._running = 0
+        self._heard = dict.fromkeys(bases, -_SILENCE_S)
+        self._tasks: list[asyncio.Task[None]] = []
+
+    async def start(self) -> None:
+        """Begin to follow the catalog and to probe the bases."""
+        self._tasks = [asyncio.create_task(self._follow())]
+        self._tasks += [asyncio.create_task(self._probe(base_id)) for base_id in self._bases]
+
+    async def stop(self) -> None:
+        """End what `start` began."""
+        for task in self._tasks:
+            task.cancel()
+            with suppress(asyncio.CancelledError):
+                await task
+
+    def models(self, caller: Caller) -> list[dict[str, Any]]:
+        """Return what the caller may call. Raises ApiError 503 before the registry was read."""
+        if not self._catalog.is_ready:
+            reason = self._catalog.problem or "the first pass over it is under way"
+            raise ApiError(503, f"The registry hasn't been read yet: {reason}", retry_after_s=2)
+        return self._catalog.listing(caller.principal)
+
+    def model(self, model_id: str, caller: Caller) -> dict[str, Any]:
+        """Return one model that the caller may call. Raises ApiError 404."""
+        for listed in self.models(caller):
+            if listed["id"] == model_id:
+                return listed
+        raise model_not_found(model_id)
+
+    def unhealthy(self) -> list[str]:
+        """Return the bases that don't answer."""
+        now = time.monotonic()
+        return [base_id for base_id, heard in self._heard.items() if now - heard > _SILENCE_S]
+
+    async def whole(self, request: CompletionRequest | ChatRequest, caller: Caller) -> str:
+        """Return the body of an answer. Raises ApiError."""
+        async with aclosing(self._answer(request, caller)) as texts:
+            return "".join([text async for text in texts])
+
+    async def stream(
+        self, request: CompletionRequest | ChatRequest, caller: Caller
+    ) -> AsyncIterator[str]:
+        """Return an answer's server-sent events once the first is there. Raises ApiError."""
+        texts = self._answer(request, caller)
+        try:
+            first = await anext(texts)
+        except BaseException:
+            await texts.aclose()
+            raise
+        return self._go_on(first, texts, caller)
+
+    async def promote(self, name: str, version: int, alias: str, caller: Caller) -> AliasMove:
+        """Move an alias of the caller's own model. Raises ApiError."""
+        self._check_owner(name, caller)
+        return _or_raise(await self._watcher.promote(name, version, alias))
+
+    async def rollback(self, name: str, alias: str, caller: Caller) -> AliasMove:
+        """Move an alias of the caller's own model back. Raises ApiError."""
+        self._check_owner(name, caller)
+        return _or_raise(await self._watcher.rollback(name, alias))
+
+    async def adapters(self) -> list[dict[str, Any]]:
+        """Return what the replicas hold, by base."""
+        return [
+            {"base": base_id, **adapter}
+            for base_id, base in self._bases.items()
+            for adapter in await base.adapters()
+        ]
+
+    def _check_owner(self, name: str, caller: Caller) -> None:
+        principal = caller.principal
+        if not principal.is_operator and principal.tenant != name.partition(".")[0]:
+            raise model_not_found(name)
+
+    async def _go_on(
+        self, first: str, texts: AsyncGenerator[str], caller: Caller
+    ) -> AsyncGenerator[str]:
+        try:
+            yield first
+            async for text in texts:
+                yield text
+        except ApiError as error:
+            log.warning("request %s broke off: %s", caller.request_id, error)
+            yield event(error.body())
+        finally:
+            await texts.aclose()
+
+    async def _answer(
+        self, request: CompletionRequest | ChatRequest, caller: Caller
+    ) -> AsyncGenerator[str]:
+        started, status = time.monotonic(), 499  # nginx's number for a client that left
+        tags = {"model": "", "version": "", "tenant": caller.tenant.name}
+        self._running += 1
+        self._counts.running(self._running)
+        try:
+            with self._limits.admitted(caller.tenant):
+                route = await self._route(request.model, caller)
+                tags = tags_of(route, caller.tenant.name)
+                served = _bind(request, route, caller)
+                deadline = asyncio.get_running_loop().time() + self._settings.request_timeout_s
+                async with aclosing(self._retrying(served)) as texts:
+                    while True:
+                        async with asyncio.timeout_at(deadline):
+                            text = await anext(texts, None)
+                        if text is None:
+                            break
+                        yield text
+            status = 200
+        except ApiError as error:
+            status = error.status
+            raise
+        except TimeoutError:
+            status = 504
+            limit = self._settings.request_timeout_s
+            raise ApiError(
+                504, f"The answer wasn't whole after {limit:g} s; ask for less"
+            ) from None
+        finally:
+            self._running -= 1
+            self._counts.running(self._running)
+            self._counts.ended(tags, status, time.monotonic() - started)
+
+    async def _retrying(self, served: ServedRequest) -> AsyncGenerator[str]:
+        base = self._bases[served.route.base_id]
+        for pause_s in _RETRY_PAUSES_S:
+            await asyncio.sleep(pause_s)
+            has_begun = False
+            try:
+                if not served.request.stream:
+                    yield _or_raise(await base.whole(served))
+                    self._hear(served.route.base_id)
+                    return
+                async with aclosing(base.stream(served)) as items:
+                    async for item in items:
+                        text = _or_raise(item)
+                        self._hear(served.route.base_id)
+                        has_begun = True
+                        yield text
+                return
+            except ReplicaLostError as error:
+                log.warning("request %s: its replica died: %s", served.request_id, error)
+                if has_begun:
+                    raise ApiError(
+                        503, "The replica died in the middle of the answer; send the request again"
+                    ) from None
+                self._counts.retried()
+        raise ApiError(503, "No replica could answer; send the request again", retry_after_s=5)
+
+    async def _route(self, model_id: str, caller: Caller) -> Route:
+        found = self._catalog.resolve(model_id, caller.principal)
+        if isinstance(found, Route):
+            return found
+        looked_up = await self._watcher.find(found)
+        if isinstance(looked_up, str):
+            raise model_not_found(model_id, looked_up)
+        return _or_raise(looked_up)
+
+    def _hear(self, base_id: str) -> None:
+        self._heard[base_id] = time.monotonic()
+
+    async def _follow(self) -> None:
+        while True:
+            try:
+                self._catalog = await self._watcher.catalog(self._catalog.revision)
+            except Exception as error:  # noqa: BLE001 - the watcher is being restarted
+                log.warning("the catalog can't be followed now: %r", error)
+                await asyncio.sleep(1.0)
+
+    async def _probe(self, base_id: str) -> None:
+        while True:
+            with suppress(Exception):
+                await asyncio.wait_for(self._bases[base_id].ping(), _PROBE_TIMEOUT_S)
+                self._hear(base_id)
+            await asyncio.sleep(_PROBE_S)
+
+
+def _bind(request: CompletionRequest | ChatRequest, route: Route, caller: Caller) -> ServedRequest:
+    kind = "chatcmpl" if isinstance(request, ChatRequest) else "cmpl"
+    identity = Identity(
+        f"{kind}-{uuid.uuid4().hex}", int(time.time()), request.model, route.fingerprint
+    )
+    return ServedRequest(request, route, identity, caller.request_id, caller.tenant.name)
+
+
+def _or_raise(found: T | ApiError) -> T:
+    if isinstance(found, ApiError):
+        raise found
+    return found
