@@ -23,6 +23,7 @@ from s2ft_ray.node.ports import LISTENING, claim_base
 from s2ft_ray.node.processes import end, find_process, find_topmost, identify
 from s2ft_ray.node.record import NodeRecord, load_record, locked, save_record
 from s2ft_ray.node.services import SERVICES, ServiceName, Site
+from s2ft_ray.scheduler.settings import FILE, load_settings
 
 _START_TIMEOUT_S = 120.0
 """About 10 s on two idle cores; a cold disk takes several times that."""
@@ -71,9 +72,12 @@ def up(home: Path, port_base: int | None = None, num_cpus: int | None = None) ->
     Raises ConfigError if a running node has other settings or the ports are taken, NodeError if a
     service doesn't come up; what this call started is then ended.
     """
+    load_settings(home / FILE)  # told here: the scheduler itself has only its log
     with locked(home), ExitStack() as claim, ExitStack() as undo:
         record = load_record(home)
         missing = [name for name in SERVICES if _find(record, name) is None]
+        if "ray" in missing and "scheduler" not in missing:
+            missing.append("scheduler")  # it is a driver of the Ray that is gone
         if len(missing) < len(SERVICES):
             _check_same(record, port_base, num_cpus)
         for name in missing:  # what a dead service left behind may hold its ports
@@ -170,8 +174,11 @@ def _start(site: Site, name: ServiceName, record: NodeRecord) -> psutil.Process:
         _make_token(site.home)
         _make_temp_dir(site.home)
         command = services.ray_command(site, record.num_cpus)
-    else:
+    elif name == "mlflow":
         command = services.mlflow_command(site)
+    else:
+        services.alive_path(site.home).unlink(missing_ok=True)  # of the one before
+        command = services.scheduler_command()
     log = services.log_path(site.home, name)
     log.parent.mkdir(exist_ok=True)
     with open(log, "wb") as output:
@@ -193,7 +200,7 @@ def _add(record: NodeRecord, site: Site, process: psutil.Process, name: ServiceN
         update={
             "temp_dir": str(services.temp_dir(site.home)),
             "ports": {port.name.lower(): site.port_base + port for port in LISTENING},
-            "versions": {**record.versions, name: version(name)},
+            "versions": {**record.versions, name: version(services.PACKAGES[name])},
             "processes": {**record.processes, name: identify(process)},
         }
     )

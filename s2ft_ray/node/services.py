@@ -1,4 +1,4 @@
-"""What a node is made of: the commands of Ray and MLflow, their environment, and their health.
+"""What a node is made of: the commands of its services, their environment, and their health.
 
 Invariant: everything binds to loopback, every port is explicit, and what a service is depends on
 the home alone: addresses and tokens that the caller's shell holds for another node don't leak in.
@@ -8,6 +8,7 @@ import hashlib
 import http.client
 import os
 import sys
+import time
 import urllib.error
 import urllib.request
 from collections.abc import Mapping
@@ -18,12 +19,16 @@ from typing import Literal
 from s2ft_ray.node.ports import LOOPBACK, Port
 from s2ft_ray.node.processes import MARK
 
-ServiceName = Literal["ray", "mlflow"]
-SERVICES: tuple[ServiceName, ...] = ("ray", "mlflow")
+ServiceName = Literal["ray", "mlflow", "scheduler"]
+SERVICES: tuple[ServiceName, ...] = ("ray", "mlflow", "scheduler")
+PACKAGES: dict[ServiceName, str] = {"ray": "ray", "mlflow": "mlflow", "scheduler": "s2ft-ray"}
+"""What is installed for each."""
 
 _OBJECT_STORE_BYTES = 256 * 2**20
 """Nothing large goes through it: workers read their data and write checkpoints in the run folder.
 Ray's own default is 30% of the machine's memory."""
+_SCHEDULER_SILENT_S = 30.0
+"""It is asked every 5 s."""
 _OF_ANOTHER_NODE = (
     "RAY_ADDRESS",
     "RAY_API_SERVER_ADDRESS",
@@ -45,8 +50,11 @@ class Site:
         return f"{LOOPBACK}:{self.port_base + port}"
 
     def url(self, service: ServiceName) -> str:
-        """Return what a browser opens: Ray's dashboard, MLflow's UI."""
-        return f"http://{self.address(Port.DASHBOARD if service == 'ray' else Port.MLFLOW)}"
+        """Return what a browser opens: Ray's dashboard, MLflow's UI, the scheduler among actors."""
+        if service == "mlflow":
+            return f"http://{self.address(Port.MLFLOW)}"
+        dashboard = f"http://{self.address(Port.DASHBOARD)}"
+        return f"{dashboard}/#/actors" if service == "scheduler" else dashboard
 
 
 def temp_dir(home: Path) -> Path:
@@ -66,6 +74,11 @@ def token_path(home: Path) -> Path:
 def log_path(home: Path, service: ServiceName) -> Path:
     """Return the file to which the service's own output goes."""
     return home / "logs" / f"{service}.log"
+
+
+def alive_path(home: Path) -> Path:
+    """Return the file that is written anew each time the scheduler has answered."""
+    return home / "scheduler.alive"
 
 
 def mark(home: Path, service: ServiceName) -> str:
@@ -103,6 +116,8 @@ def service_env(site: Site, service: ServiceName, outer: Mapping[str, str]) -> d
         # a second process of 200 MB that evaluates LLM traces, which nobody writes here
         env["MLFLOW_SERVER_ENABLE_JOB_EXECUTION"] = "false"
         return env
+    if service == "scheduler":
+        return {**env, **client_env(site)}
     for key in ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN_PATH", "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"):
         env[key] = client_env(site)[key]
     env["RAY_USAGE_STATS_ENABLED"] = "0"
@@ -154,10 +169,18 @@ def mlflow_command(site: Site) -> list[str]:
     ]
 
 
+def scheduler_command() -> list[str]:
+    """Return the command that starts the scheduler's actor and looks after it."""
+    return [sys.executable, "-m", "s2ft_ray.scheduler"]
+
+
 def is_healthy(site: Site, service: ServiceName) -> bool:
     """Ask the service whether it can be used now."""
     if service == "mlflow":
         return _answers(f"{site.url('mlflow')}/health")
+    if service == "scheduler":
+        alive = alive_path(site.home)
+        return alive.is_file() and time.time() - alive.stat().st_mtime < _SCHEDULER_SILENT_S
     # /api/version needs the token and comes from the Jobs API; the agent speaks for the raylet
     token = token_path(site.home)
     return (

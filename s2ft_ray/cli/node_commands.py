@@ -1,42 +1,18 @@
-"""The `s2ft` command: what an operator types on one machine.
-
-Exit codes: 0 done, 1 failed, 2 bad input, 130 interrupted. A fault is one line on stderr, never a
-traceback. What a subcommand needs is imported when it runs, so that `s2ft --help` is instant.
-"""
+"""up, down, status: the services of one machine."""
 
 import argparse
 import json
 import sys
-from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from s2ft_ray.errors import AdapterError, ConfigError, DataError, S2FTError
+from s2ft_ray.cli.table import print_table
 
 if TYPE_CHECKING:
     from s2ft_ray.node import NodeStatus
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run one subcommand; return its exit code."""
-    args = _build_parser().parse_args(argv)
-    try:
-        code: int = args.run(args)
-    except S2FTError as error:
-        for fault in error.faults:
-            print(f"error: {fault}", file=sys.stderr)
-        return 2 if isinstance(error, ConfigError | DataError | AdapterError) else 1
-    except KeyboardInterrupt:
-        return 130
-    return code
-
-
-def _build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="s2ft",
-        description="Fine-tune large language models by structured sparsity, on Ray.",
-    )
-    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
-
+def add_commands(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    """Add the commands of this subject to the parser."""
     command = commands.add_parser("up", help="start this machine's Ray head and MLflow server")
     command.add_argument(
         "--port-base",
@@ -64,21 +40,6 @@ def _build_parser() -> argparse.ArgumentParser:
     form.add_argument("--json", action="store_true", help="the same facts for a program")
     command.set_defaults(run=_status)
 
-    command = commands.add_parser(
-        "check", help="validate a run's configuration and data, and estimate it, without training"
-    )
-    command.add_argument("--config", required=True, metavar="FILE", help="the run, as YAML")
-    command.add_argument(
-        "--set",
-        action="append",
-        default=[],
-        dest="overrides",
-        metavar="KEY=VALUE",
-        help="a value of the configuration, e.g. optim.lr=1e-3; may be repeated",
-    )
-    command.set_defaults(run=_check)
-    return parser
-
 
 def _positive(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
@@ -93,7 +54,7 @@ def _up(args: argparse.Namespace) -> int:
     if not node.status(s2ft_home()).is_up:
         print("starting Ray and MLflow, about 10 s on an idle machine", file=sys.stderr)
     status = node.up(s2ft_home(), port_base=args.port_base, num_cpus=args.num_cpus)
-    _print_table(status)
+    _print_services(status)
     print('\nA shell becomes a client by:  set -a; eval "$(s2ft status --env)"; set +a')
     print(f"The Ray dashboard asks for the token in {status.env['RAY_AUTH_TOKEN_PATH']}")
     print("To end all this:  s2ft down")
@@ -119,21 +80,8 @@ def _status(args: argparse.Namespace) -> int:
     elif args.env:
         _print_env(status)
     else:
-        _print_table(status)
+        _print_services(status)
     return 0 if status.is_up else 1
-
-
-def _check(args: argparse.Namespace) -> int:
-    from s2ft_ray.config import load_config
-
-    config = load_config(args.config, args.overrides)
-    # Only now, so that a typo is told without torch.
-    from s2ft_ray.training.plan import describe_first_row, plan_run
-
-    plan = plan_run(config)
-    print(plan.describe())
-    print(f"first row   {describe_first_row(plan, color=sys.stdout.isatty())}")
-    return 0
 
 
 def _print_env(status: "NodeStatus") -> None:
@@ -145,15 +93,9 @@ def _print_env(status: "NodeStatus") -> None:
         print(f"{key}={shlex.quote(value)}")
 
 
-def _print_table(status: "NodeStatus") -> None:
-    rows = [("SERVICE", "STATE", "ADDRESS", "PID", "LOG")]
+def _print_services(status: "NodeStatus") -> None:
+    rows = []
     for service in status.services:
         pid = "-" if service.pid is None else str(service.pid)
-        rows.append((service.name, service.state, service.address or "-", pid, service.log))
-    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    for row in rows:
-        print("  ".join(map(str.ljust, row, widths)).rstrip())
-
-
-if __name__ == "__main__":
-    sys.exit(main())
+        rows.append((service.name, service.state, service.address or "-", pid, str(service.log)))
+    print_table(("SERVICE", "STATE", "ADDRESS", "PID", "LOG"), rows)
