@@ -2,7 +2,7 @@
 
 import sys
 
-from s2ft_ray.training.main import main
+from s2ft_ray.finetune.main import main
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -6,6 +6,7 @@ hangs on it (S2FT's write-back is in its post-step hook).
 
 import time
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -17,11 +18,12 @@ MAX_GRAD_NORM = 1.0
 
 @dataclass(frozen=True)
 class TrainingStep:
-    """A model, its optimizer (None: nothing is trained) and the batch: [B, T] token ids."""
+    """A model, its optimizer (None: nothing is trained) and what the model is called with."""
 
     model: nn.Module
     optimizer: torch.optim.Optimizer | None
-    input_ids: Tensor
+    batch: dict[str, Any]
+    """``input_ids`` and ``labels``, both [B, T], and what else the forward pass takes."""
 
     def run(self) -> None:
         """Do one step."""
@@ -44,7 +46,8 @@ class TrainingStep:
         """Return the bytes of the storages that the graph keeps between forward and backward.
 
         Parameters and buffers are there anyway and don't count; a saved view counts with the
-        whole storage that it pins.
+        whole storage that it pins. Not for a model with activation checkpointing, which keeps
+        its layers' inputs where no hook sees them.
         """
         own = {_address(tensor) for tensor in self._state()}
         kept: dict[int, int] = {}
@@ -68,7 +71,7 @@ class TrainingStep:
         The optimizer must be new: its state is counted as it is made. On the CPU the peak is
         added up from the allocator's events, so it does not depend on the rest of the process.
         """
-        if self.input_ids.device.type == "cuda":
+        if self._on_cuda:
             torch.cuda.reset_peak_memory_stats()
             self._run_twice()
             return torch.cuda.max_memory_allocated()
@@ -84,19 +87,23 @@ class TrainingStep:
             {_address(t): t.untyped_storage().nbytes() for t in self._state()}.values()
         )
 
+    @property
+    def _on_cuda(self) -> bool:
+        return bool(self.batch["input_ids"].device.type == "cuda")
+
     def _run_twice(self) -> None:
         self.run()
         self.run()
 
     def _loss(self) -> Tensor:
-        loss: Tensor = self.model(input_ids=self.input_ids, labels=self.input_ids).loss
+        loss: Tensor = self.model(**self.batch).loss
         return loss
 
     def _state(self) -> list[Tensor]:
         return [*self.model.parameters(), *self.model.buffers()]
 
     def _wait(self) -> None:
-        if self.input_ids.device.type == "cuda":
+        if self._on_cuda:
             torch.cuda.synchronize()
 
 

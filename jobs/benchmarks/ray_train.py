@@ -24,8 +24,8 @@ from benchmarks.machine import describe_machine, load_warning
 from s2ft_ray.bases import load_tokenizer
 from s2ft_ray.config import ModelConfig, RunConfig, parse_config
 from s2ft_ray.errors import JobError
+from s2ft_ray.finetune.main import create_run
 from s2ft_ray.training.launch import train_with_ray
-from s2ft_ray.training.main import create_run
 from s2ft_ray.training.plan import plan_run
 from s2ft_ray.training.run_folder import RunFolder
 from s2ft_ray.training.worker import run_worker

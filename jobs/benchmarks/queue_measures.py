@@ -1,0 +1,192 @@
+"""What a simulated month was like: shares against entitlements, waits, what was lost.
+
+A tenant's entitlement is its weighted max-min share of the workers that were in use: those who
+wait divide what the others leave them. Over a day in which it waited all along, what it got is
+held against that. The ideal fair queue is the fluid one: at every moment each tenant's jobs run
+at exactly that share, with no gangs, nodes, stops or failures.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from benchmarks.queue_simulation import STARTUP_S, Record
+from benchmarks.queue_trace import HOUR, Trace
+
+Floats = NDArray[np.float64]
+_Fluid = tuple[int, float, str, int]
+"""A job in the ideal queue: negative priority, submitted at, id, workers."""
+
+
+@dataclass(frozen=True)
+class Fairness:
+    """Over all days (sliding by the hour) and the tenants that waited all through them."""
+
+    off_capacity: Floats
+    """What each got above or below its entitlement, as a part of the day's capacity."""
+    off_entitlement: Floats
+    """The same as a part of its entitlement."""
+    granularity: Floats
+    """The largest job of the tenant as a part of its entitlement of the day."""
+    jain: Floats
+    """Jain's index of got over entitled, of each day with two such tenants or more."""
+    by_tenant: dict[str, tuple[int, float, float]]
+    """Number of such days, mean of what it got and of what it was entitled to, worker-hours."""
+
+
+def water_fill(capacity: float, demands: Floats, weights: Floats) -> Floats:
+    """Return each one's weighted max-min share of `capacity`, none above its demand."""
+    shares = np.zeros_like(demands)
+    open_ones = demands > 0
+    left = capacity
+    while left > 1e-9 and open_ones.any():
+        level = left / weights[open_ones].sum()
+        full = open_ones & (demands <= weights * level + 1e-12)
+        if not full.any():
+            shares[open_ones] = weights[open_ones] * level
+            break
+        shares[full] = demands[full]
+        left -= float(demands[full].sum())
+        open_ones &= ~full
+    return shares
+
+
+def utilisation(trace: Trace, record: Record) -> float:
+    """Return the part of the workers that was held, from the first day's end to the last."""
+    hours = _by_hour(trace, record.times, np.array(record.held, dtype=float))
+    return float(hours[24:].sum() / (trace.num_workers * (len(hours) - 24)))
+
+
+def hourly_utilisation(trace: Trace, record: Record) -> Floats:
+    """Return the part of the workers that was held, by hour."""
+    hours = _by_hour(trace, record.times, np.array(record.held, dtype=float))
+    return np.asarray(hours.sum(axis=1) / trace.num_workers)
+
+
+def measure_fairness(trace: Trace, record: Record) -> Fairness:
+    """Hold every tenant's days of waiting against its entitlement."""
+    held, wanted = np.array(record.held, dtype=float), np.array(record.wanted, dtype=float)
+    claims = Claims.of(trace)
+    entitled = np.array([claims.entitled(*tick) for tick in zip(held, wanted, strict=True)])
+    got = _days(_by_hour(trace, record.times, held))
+    due = _days(_by_hour(trace, record.times, entitled))
+    idle = _days(_by_hour(trace, record.times, (wanted == 0).astype(float)))
+    waited = (idle < 1e-6) & (due > 0)
+    largest = np.zeros(len(trace.tenants))
+    places = {tenant.name: i for i, tenant in enumerate(trace.tenants)}
+    for job in trace.jobs:
+        largest[places[job.tenant]] = max(largest[places[job.tenant]], job.work_s / HOUR)
+    jain = []
+    for got_one, due_one, those in zip(got, due, waited, strict=True):
+        if those.sum() >= 2:
+            ratio = got_one[those] / due_one[those]
+            jain.append(ratio.sum() ** 2 / (len(ratio) * (ratio**2).sum()))
+    by_tenant = {
+        tenant.name: (int(those.sum()), float(got[those, i].mean()), float(due[those, i].mean()))
+        for i, tenant in enumerate(trace.tenants)
+        if (those := waited[:, i]).any()
+    }
+    return Fairness(
+        off_capacity=(got - due)[waited] / (trace.num_workers * 24.0),
+        off_entitlement=got[waited] / due[waited] - 1,
+        granularity=np.broadcast_to(largest, got.shape)[waited] / due[waited],
+        jain=np.array(jain),
+        by_tenant=by_tenant,
+    )
+
+
+@dataclass(frozen=True)
+class Claims:
+    """The tenants' weights, limits and quotas, in the trace's order."""
+
+    weights: Floats
+    limits: Floats
+    quotas: Floats
+
+    @classmethod
+    def of(cls, trace: Trace) -> "Claims":
+        """Take them from a trace."""
+        return cls(
+            weights=np.array([tenant.weight for tenant in trace.tenants]),
+            limits=np.array([float(it.max_workers or trace.num_workers) for it in trace.tenants]),
+            quotas=np.array([float(tenant.quota) for tenant in trace.tenants]),
+        )
+
+    def entitled(self, held: Floats, wanted: Floats) -> Floats:
+        """Return the entitlements to the workers in use, where `wanted` more are asked for."""
+        demands = np.minimum(held + wanted, self.limits)
+        sure = np.minimum(self.quotas, demands)
+        by_quota = np.zeros(len(sure), dtype=bool)
+        while True:
+            rest = max(float(held.sum() - sure[by_quota].sum()), 0.0)
+            shares = water_fill(rest, np.where(by_quota, 0.0, demands), self.weights)
+            short = ~by_quota & (shares < sure - 1e-9)
+            if not short.any():
+                return np.where(by_quota, sure, shares)
+            by_quota |= short
+
+
+def ideal_delays(trace: Trace) -> dict[str, float]:
+    """Return how much later than alone each job ends in the ideal fair queue, in seconds."""
+    left = {job.id: job.work_s + STARTUP_S * job.sizes[0] for job in trace.jobs}
+    lengths = {job.id: left[job.id] / job.sizes[0] for job in trace.jobs}
+    claims = Claims.of(trace)
+    places = {tenant.name: i for i, tenant in enumerate(trace.tenants)}
+    lines: list[list[_Fluid]] = [[] for _ in trace.tenants]
+    delays: dict[str, float] = {}
+    arrivals = list(reversed(trace.jobs))
+    now = 0.0
+    while arrivals or any(lines):
+        rates = _fluid_rates(lines, claims, trace.num_workers)
+        then = min((now + left[job_id] / rate for job_id, rate in rates.items()), default=np.inf)
+        if arrivals:
+            then = min(then, arrivals[-1].submitted_at)
+        for job_id, rate in rates.items():
+            left[job_id] -= rate * (then - now)
+        now = then
+        for line in lines:
+            for ended in [it for it in line if left[it[2]] <= 1e-3]:
+                line.remove(ended)
+                delays[ended[2]] = max(now - ended[1] - lengths[ended[2]], 0.0)
+        while arrivals and arrivals[-1].submitted_at <= now:
+            job = arrivals.pop()
+            line = lines[places[job.tenant]]
+            line.append((-job.priority, job.submitted_at, job.id, job.sizes[0]))
+            line.sort()
+    return delays
+
+
+def _fluid_rates(
+    lines: Sequence[list[_Fluid]], claims: Claims, num_workers: int
+) -> dict[str, float]:
+    """Return the workers of each job that runs: the tenants' shares, dealt out in line."""
+    demands = np.array([float(sum(it[3] for it in line)) for line in lines])
+    shares = water_fill(num_workers, np.minimum(demands, claims.limits), claims.weights)
+    rates = {}
+    for line, share in zip(lines, shares, strict=True):
+        rest = float(share)
+        for _, _, job_id, workers in line:
+            if rest <= 1e-9:
+                break
+            rates[job_id] = min(rest, float(workers))
+            rest -= rates[job_id]
+    return rates
+
+
+def _by_hour(trace: Trace, times: Sequence[float], values: Floats) -> Floats:
+    """Return the integral of a step function over each hour of the trace, in hours: [hour, ...]."""
+    edges = np.arange(0.0, trace.duration_s + 1, HOUR)
+    starts = np.array(times)
+    spans = np.diff(starts, append=starts[-1])
+    total = np.concatenate([np.zeros((1, values.shape[1])), np.cumsum(values * spans[:, None], 0)])
+    knots = np.append(starts, starts[-1] + 1e-9)
+    at_edges = np.stack([np.interp(edges, knots, column) for column in total.T], axis=1)
+    return np.asarray(np.diff(at_edges, axis=0) / HOUR)
+
+
+def _days(hours: Floats) -> Floats:
+    """Return sums over 24 hours, sliding by one, without the first day."""
+    sums = np.concatenate([np.zeros((1, hours.shape[1])), np.cumsum(hours, axis=0)])
+    return np.asarray(sums[24:] - sums[:-24])[24:]

@@ -1,0 +1,150 @@
+"""LoRA of q k v up down on the engine's own seam, each of its two products on its fastest kernel.
+
+Dimensions: G adapters of a batch, M tokens of each, F in, D out, R rank.
+"""
+
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from s2ft_ray.method import Adapter
+from s2ft_ray.serving.requests import AdapterKey
+from s2ft_ray.serving.routing import Routing
+
+TARGETS = ("q_proj", "k_proj", "v_proj", "up_proj", "down_proj")
+
+Kernel = Callable[[Tensor, Tensor], Tensor]
+"""(weights [G, P, Q], x [G, M, Q]) -> x weightsᵀ [G, M, P]."""
+
+
+def _bmm(weights: Tensor, x: Tensor) -> Tensor:
+    return torch.bmm(x, weights.transpose(1, 2))
+
+
+def _bmm_weights_first(weights: Tensor, x: Tensor) -> Tensor:
+    return torch.bmm(weights, x.transpose(1, 2)).transpose(1, 2)
+
+
+def _grouped(weights: Tensor, x: Tensor) -> Tensor:
+    groups, count, _ = x.shape
+    ends = torch.arange(1, groups + 1, dtype=torch.int32) * count
+    product = nn.functional.grouped_mm(x.flatten(0, 1), weights.transpose(1, 2), offs=ends)
+    return product.view(groups, count, -1)
+
+
+def _loop(weights: Tensor, x: Tensor) -> Tensor:
+    return torch.stack([own @ weight.T for weight, own in zip(weights, x, strict=True)])
+
+
+def _bag(weights: Tensor, x: Tensor) -> Tensor:
+    """For weights that lie as [G, Q, P]: a weighted sum of rows for each token."""
+    groups, count, inner = x.shape
+    rows = weights.transpose(1, 2).reshape(groups * inner, -1)
+    places = torch.arange(groups * inner).view(groups, 1, inner).expand(-1, count, -1)
+    sums = nn.functional.embedding_bag(
+        places.reshape(groups * count, inner),
+        rows,
+        mode="sum",
+        per_sample_weights=x.reshape(groups * count, inner),
+    )
+    return sums.view(groups, count, -1)
+
+
+class Products:
+    """The product of a batch of adapters with their tokens, on the kernel that was fastest."""
+
+    def __init__(self, kernels: Sequence[Kernel]) -> None:
+        self._kernels = kernels
+        self._fastest: dict[tuple[int, ...], Kernel] = {}
+
+    def __call__(self, weights: Tensor, x: Tensor) -> Tensor:
+        """Return x weightsᵀ [G, M, P]; the first call of a shape tries every kernel."""
+        shape = (*weights.shape, *x.shape)
+        if shape not in self._fastest:
+            self._fastest[shape] = min(self._kernels, key=lambda it: _seconds(it, weights, x))
+        return self._fastest[shape](weights, x)
+
+
+class LoraLayers:
+    """Stands where the engine has its batched layers, and follows the same routing."""
+
+    def __init__(self, model: nn.Module, keys: Sequence[AdapterKey], rank: int) -> None:
+        """Hook the model, with a random LoRA of `rank` for each key."""
+        self.routing: Routing | None = None
+        self._number = {key: i for i, key in enumerate(keys)}
+        self._down, self._up = Products(FIRST), Products(SECOND)
+        self._handles = [
+            module.register_forward_hook(self._hook(*_factors(module, len(keys), rank)))
+            for name, module in model.named_modules()
+            if name.rpartition(".")[2] in TARGETS and isinstance(module, nn.Linear)
+        ]
+        self._groups: tuple[Routing, tuple[Any, ...]] | None = None
+
+    def prepare(self, key: AdapterKey, adapter: Adapter) -> None:
+        """There is nothing to do: the hooks are on."""
+
+    def remove(self) -> None:
+        """Take the hooks off the model."""
+        for handle in self._handles:
+            handle.remove()
+
+    def _hook(self, a: Tensor, b: Tensor) -> Callable[..., None]:
+        def add(_module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
+            if self.routing is None:
+                return
+            x, y = args[0].flatten(0, -2), output.flatten(0, -2)
+            spans, numbers, tokens = self._split(self.routing)
+            for number, start, stop in spans:
+                y[start:stop].addmm_(x[start:stop] @ a[number].T, b[number])
+            if numbers:
+                whole = len(numbers) == a.shape[0]
+                own_a, own_b = (a, b) if whole else (a[numbers], b[numbers])
+                inputs = x.index_select(0, tokens).view(len(numbers), -1, x.shape[1])
+                products = self._up(own_b.transpose(1, 2), self._down(own_a, inputs))
+                y.index_add_(0, tokens, products.flatten(0, 1))
+
+        return add
+
+    def _split(self, routing: Routing) -> tuple[Any, ...]:
+        """Return the ranges of prompts, and the single tokens by adapter, as many of each."""
+        if self._groups is None or self._groups[0] is not routing:
+            spans, of_adapter = [], {}
+            for slot, start, stop in routing._ranges:
+                number = self._number[slot.key]
+                if stop - start > 1:
+                    spans.append((number, start, stop))
+                else:
+                    of_adapter.setdefault(number, []).append(start)
+            if len({len(tokens) for tokens in of_adapter.values()}) > 1:  # not while all decode
+                spans += [(n, t, t + 1) for n, tokens in of_adapter.items() for t in tokens]
+                of_adapter = {}
+            numbers = sorted(of_adapter)
+            tokens = torch.tensor([token for n in numbers for token in of_adapter[n]])
+            self._groups = (routing, (spans, numbers, tokens))
+        return self._groups[1]
+
+
+FIRST: tuple[Kernel, ...] = (_bmm, _bmm_weights_first, _grouped, _loop)
+SECOND: tuple[Kernel, ...] = (*FIRST, _bag)
+
+
+def _factors(module: nn.Linear, count: int, rank: int) -> tuple[Tensor, Tensor]:
+    """Return A [G, R, F] and B, both as rows: [G, R, D]."""
+    dtype = module.weight.dtype
+    a = torch.randn(count, rank, module.in_features, dtype=dtype).mul_(0.02)
+    return a, torch.randn(count, rank, module.out_features, dtype=dtype).mul_(0.002)
+
+
+def _seconds(kernel: Kernel, weights: Tensor, x: Tensor) -> float:
+    times = []
+    for _ in range(4):
+        started = time.perf_counter()
+        try:
+            kernel(weights, x)
+        except RuntimeError:  # grouped_mm wants ranks whose rows are multiples of 16 bytes
+            return float("inf")
+        times.append(time.perf_counter() - started)
+    return min(times[1:])

@@ -1,0 +1,1 @@
+"""What ``jobs/evaluate.py`` is made of: prompts answered in batches, and scored."""
