@@ -28,6 +28,7 @@ def save_base(folder: Path, dtype: torch.dtype = torch.float32, **config: Any) -
     tokenizer.save_pretrained(folder)
     torch.manual_seed(0)
     sizes = {
+        "vocab_size": len(vocab),
         "hidden_size": 24,
         "intermediate_size": 37,
         "num_hidden_layers": 3,
@@ -36,9 +37,7 @@ def save_base(folder: Path, dtype: torch.dtype = torch.float32, **config: Any) -
         "head_dim": 4,
     }
     model = LlamaForCausalLM(
-        LlamaConfig(
-            vocab_size=len(vocab), pad_token_id=0, bos_token_id=1, eos_token_id=2, **sizes | config
-        )
+        LlamaConfig(pad_token_id=0, bos_token_id=1, eos_token_id=2, **sizes | config)
     )
     model.to(dtype).save_pretrained(folder)
     return folder
@@ -69,7 +68,7 @@ def make_run(folder: Path, base: Path, **sections: dict[str, Any]) -> RunFolder:
         "checkpoint": {"storage_path": str(folder / "runs"), "every_steps": 100},
     }
     for name, values in sections.items():
-        document[name] = {**document[name], **values}
+        document[name] = {**document.get(name, {}), **values}
     config = parse_config(document)
     run = create_run_folder(config)
     tokenizer = load_tokenizer(config.model, config.data.chat_template)

@@ -9,9 +9,17 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import (
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MixtralConfig,
+    MixtralForCausalLM,
+)
 
 from s2ft_ray.method import S2FTConfig, base_fingerprint, convert, extract_adapter, slice_layers
+from s2ft_ray.method.weights import gather
 
 ALL = ("q", "k", "v", "o", "up", "gate", "down")
 # 87 channels and 6 rows of k and v divide by neither 2 nor 4; one channel leaves ranks empty.
@@ -40,6 +48,47 @@ def build_model(share: str, dtype: torch.dtype) -> Any:
     return model
 
 
+def build_kind(kind: str) -> Any:
+    """A model of another kind of weight; sizes that neither 2 nor 4 divides."""
+    torch.manual_seed(0)
+    budgets = dict.fromkeys(ALL, 0.3)
+    layout = "gathered"
+    if kind == "transposed":
+        del budgets["gate"]
+        sizes = {"n_embd": 36, "n_inner": 87, "n_layer": 2, "n_head": 9, "vocab_size": 41}
+        model: Any = GPT2LMHeadModel(
+            GPT2Config(**sizes, attn_pdrop=0, embd_pdrop=0, resid_pdrop=0, use_cache=False)
+        )
+    elif kind == "experts":
+        model = MixtralForCausalLM(
+            MixtralConfig(
+                hidden_size=32,
+                intermediate_size=24,
+                num_hidden_layers=2,
+                num_attention_heads=4,
+                num_key_value_heads=2,
+                num_local_experts=3,
+                vocab_size=41,
+            )
+        )
+    else:
+        assert kind == "permuted"
+        layout = "permuted"
+        config = LlamaConfig(
+            hidden_size=36,
+            intermediate_size=87,
+            num_hidden_layers=2,
+            num_attention_heads=9,
+            vocab_size=41,
+        )
+        model = LlamaForCausalLM(config)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(1 if parameter.dim() == 1 else 5)
+    convert(model, S2FTConfig(budgets=budgets, layout=layout))
+    return model
+
+
 def loss_of(model: Any, step: int, rank: int) -> Tensor:
     generator = torch.Generator().manual_seed(100 * step + rank)
     ids = torch.randint(0, 41, (2, 7), generator=generator)
@@ -52,7 +101,9 @@ def shard(model: nn.Module, mode: str, policy: MixedPrecisionPolicy = FULL_PRECI
     mesh = init_device_mesh("cpu", (dist.get_world_size(),))
     frozen = {parameter for parameter in model.parameters() if not parameter.requires_grad}
     ignored = frozen if mode == "replicate" else None
-    for layer in [*model.model.layers, model]:
+    names = set(model._no_split_modules)
+    layers = [module for module in model.modules() if type(module).__name__ in names]
+    for layer in [*layers, model]:
         fully_shard(layer, mesh=mesh, ignored_params=ignored, mp_policy=policy)
     for module in model.modules():
         if isinstance(module, FSDPModule):
@@ -89,6 +140,31 @@ def train(mode: str, share: str, dtype: torch.dtype, steps: int = 3) -> dict[str
         "fingerprint": adapter.fingerprint,
         "empty": empty,
     }
+
+
+def train_kind(kind: str, mode: str | None, steps: int = 3) -> tuple[str, list[Tensor]]:
+    """Train sharded over the ranks, or alone what they see; return the adapter and the losses."""
+    model = build_kind(kind)
+    ranks = range(dist.get_world_size())
+    if mode is not None:
+        shard(model, mode)
+        ranks = range(dist.get_rank(), dist.get_rank() + 1)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+    losses = []
+    for step in range(steps):
+        for rank in ranks:
+            loss = loss_of(model, step, rank)
+            loss.backward()
+            losses.append(loss.detach())
+        optimizer.step()
+        optimizer.zero_grad()
+        for name, layer in slice_layers(model):
+            held = gather(whole(layer.weight), layer.dim, layer.place)
+            assert torch.equal(held, whole(layer.slice)), f"{name} is stale"
+    adapter = extract_adapter(model)
+    assert base_fingerprint(model) == adapter.base.fingerprint
+    assert any(bool(part.delta.any()) for part in adapter.slices.values())
+    return adapter.fingerprint, losses
 
 
 def train_alone(share: str, dtype: torch.dtype, steps: int = 3) -> dict[str, Any]:

@@ -47,3 +47,13 @@ def test_an_adapter_is_whole_also_while_parameters_are_gathered(two: GlooPool, m
 @pytest.mark.parametrize("mode", MODES)
 def test_refresh_reads_sharded_weights(two: GlooPool, mode: str) -> None:
     two.run(sharded_slices.refresh_from_changed_weights, mode)
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("kind", ["transposed", "experts", "permuted"])
+def test_two_ranks_train_every_kind_of_weight_as_one_process_does(
+    two: GlooPool, mode: str, kind: str
+) -> None:
+    expected, _ = two.run(sharded_slices.train_kind, kind, None)[0]
+    for fingerprint, _ in two.run(sharded_slices.train_kind, kind, mode):
+        assert fingerprint == expected

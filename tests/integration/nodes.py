@@ -28,7 +28,7 @@ class Node:
             env={**_CLEAN, "PATH": os.defpath, "S2FT_HOME": str(self.home)},
             capture_output=True,
             text=True,
-            timeout=240,
+            timeout=500,
         )
 
     def status(self) -> dict:

@@ -24,7 +24,7 @@ def benchmark(*arguments: str) -> subprocess.CompletedProcess[str]:
     environment = {**os.environ, "PYTHONPATH": str(REPO), "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "jobs/benchmark.py", *arguments]
     return subprocess.run(
-        command, cwd=REPO, env=environment, capture_output=True, text=True, timeout=240
+        command, cwd=REPO, env=environment, capture_output=True, text=True, timeout=500
     )
 
 
@@ -52,8 +52,11 @@ def test_every_contender_is_in_the_table_of_each_dtype(train: tuple[str, dict[st
         "LoRA q k v up down",
         "LoRA q k v up down, dropout",
         "LoRA o down",
+        "LoRA-FA q k v up down",
         "DoRA q k v up down",
         "DoRA q k v up down, dropout",
+        "S2FT o down, permuted",
+        "two matmuls o down",
         "full fine-tuning",
     ]
     assert bf16 == [*fp32[:4], "LoRA q k v up down, all bf16", *fp32[4:]]
@@ -90,6 +93,10 @@ def test_trainable_parameters_are_equal_to_half_a_rank(
         own = layers * width * (64 + 15)
         assert counts["S2FT o down"] == own
         assert counts["limit: frozen weights"] == 0
+        assert counts["two matmuls o down"] == own
+        assert counts["S2FT o down, permuted"] == own
+        outs = layers * (2 * width + 2 * key_value + channels)
+        assert abs(counts["LoRA-FA q k v up down"] - own) <= outs / 2
         for name, per_rank in ranks.items():
             assert abs(counts[name] - own) <= per_rank / 2
 
@@ -130,6 +137,11 @@ class Allocator(nn.Module):
         return SimpleNamespace(loss=self.weight.sum() * total + input_ids.sum() + labels.sum())
 
 
+def batch(rows: int) -> dict[str, Tensor]:
+    ids = torch.zeros(rows, 1, dtype=torch.int64)
+    return {"input_ids": ids, "labels": ids}
+
+
 @pytest.fixture
 def training_step(monkeypatch: pytest.MonkeyPatch) -> Any:
     monkeypatch.syspath_prepend(REPO / "jobs")
@@ -139,12 +151,12 @@ def training_step(monkeypatch: pytest.MonkeyPatch) -> Any:
 
 
 def test_kept_bytes_count_whole_storages_once_and_no_parameters(training_step: Any) -> None:
-    step = training_step(ViewKeeper(), None, torch.zeros(16, 1, dtype=torch.int64))
+    step = training_step(ViewKeeper(), None, batch(16))
     assert step.kept_bytes() == 16 * 32 * 4 + 16 * 4 * 4
 
 
 def test_peak_bytes_count_what_is_freed_again_and_the_model(training_step: Any) -> None:
-    step = training_step(Allocator(), None, torch.zeros(1, 1, dtype=torch.int64))
+    step = training_step(Allocator(), None, batch(1))
     weight, temporary, slack = 1 << 20, 4 << 20, 1 << 12
     # The second step's temporary comes while the first's gradient is held.
     assert 0 <= step.peak_bytes() - (weight + weight + temporary) <= slack

@@ -25,6 +25,7 @@ from registry_parts import (
     write_points,
 )
 
+from s2ft_ray import cli
 from s2ft_ray.bases import load_base_model, load_tokenizer
 from s2ft_ray.config import ModelConfig, RunConfig
 from s2ft_ray.data import encode_prompt
@@ -142,6 +143,29 @@ def test_a_reference_finds_the_version_it_names(home: Path, base: Path) -> None:
     assert (blue.version, blue.alias, blue.fingerprint) == (2, "blue", second.fingerprint)
     assert Adapter.load(blue.folder).fingerprint == second.fingerprint
     assert blue.tags["tenant"] == "acme"
+
+
+def test_registered_adapters_are_inspected_fused_and_exported_by_name(
+    home: Path, base: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    register(home, base, "r1", seed=1)
+    second = register(home, base, "r2", seed=2)
+    assert cli.main(["inspect", f"{NAME}:2", "--json"]) == 0
+    facts = json.loads(capsys.readouterr().out)
+    assert (facts["name"], facts["version"]) == (NAME, 2)
+    assert facts["fingerprint"] == second.fingerprint
+    assert all(module["relative_norm"] > 0 for module in facts["modules"])
+    fused, merged = home / "fused", home / "merged"
+    assert cli.main(["fuse", f"{NAME}:1", f"{NAME}:2", "--out", str(fused)]) == 0
+    assert cli.main(["export", str(fused), "--format", "merged", "--out", str(merged)]) == 0
+    model = load_base_model(ModelConfig(name_or_path=str(base)))
+    Adapter.load(fused).switch_into(model)
+    expected = model.state_dict()
+    found = load_base_model(ModelConfig(name_or_path=str(merged))).state_dict()
+    assert all(torch.equal(value, expected[name]) for name, value in found.items())
+    assert load_tokenizer(ModelConfig(name_or_path=str(merged))).chat_template is not None
+    assert cli.main(["export", f"{NAME}:9", "--format", "peft", "--out", str(home / "no")]) == 2
+    assert f"{NAME} has no version 9; it has 1, 2" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,7 @@
 """Runs recorded in a real MLflow: by its SQLite file, by its server, and while it is away."""
 
 import hashlib
+import json
 import logging
 import math
 import subprocess
@@ -22,10 +23,12 @@ from registry_parts import (
     write_points,
 )
 
-from s2ft_ray.config import RunConfig
+from s2ft_ray.bases import load_base_model
+from s2ft_ray.config import ModelConfig, RunConfig
 from s2ft_ray.data import DataReport
 from s2ft_ray.data.prepared import Source
 from s2ft_ray.errors import ConfigError, JobError
+from s2ft_ray.method import Selection, convert
 from s2ft_ray.registry import TrackedRun, deliver_run
 
 
@@ -102,6 +105,8 @@ def test_data_and_deltas_are_recorded(home: Path, run_folder: Path) -> None:
     base = save_base(home / "base")
     parent = train_adapter(base, home / "parent", seed=0)
     adapter = train_adapter(base, run_folder / "adapter", seed=0)
+    selection = convert(load_base_model(ModelConfig(name_or_path=str(base))), adapter.config)
+    (run_folder / "selection.json").write_text(json.dumps(selection.to_json()))
     digest = hashlib.sha256(b"rows").hexdigest()
     report = DataReport(
         format="chat",
@@ -141,7 +146,9 @@ def test_data_and_deltas_are_recorded(home: Path, run_folder: Path) -> None:
         assert 0 < run.data.metrics[f"delta/{module}/relative_norm"] < 10
         assert [p.step for p in history(client, tracked.run_id, f"delta/{module}/norm")] == [3]
     figures = {item.path for item in client.list_artifacts(tracked.run_id, "figures")}
-    assert figures == {"figures/deltas.png", "figures/loss.png"}
+    assert figures == {"figures/deltas.png", "figures/loss.png", "figures/selection.png"}
+    stored = home / "mlartifacts" / "s2ft-acme" / tracked.run_id / "artifacts" / "selection.json"
+    assert Selection.from_json(json.loads(stored.read_text())) == selection
     assert run.data.tags["fingerprint"] == adapter.fingerprint
 
 

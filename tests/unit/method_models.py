@@ -6,14 +6,38 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import (
+    Gemma2Config,
+    Gemma2ForCausalLM,
+    Gemma3ForCausalLM,
+    Gemma3TextConfig,
+    GemmaConfig,
+    GemmaForCausalLM,
+    GPT2Config,
+    GPT2LMHeadModel,
+    GPTNeoXConfig,
+    GPTNeoXForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
     MistralConfig,
     MistralForCausalLM,
+    MixtralConfig,
+    MixtralForCausalLM,
+    Olmo2Config,
+    Olmo2ForCausalLM,
+    OPTConfig,
+    OPTForCausalLM,
+    Phi3Config,
+    Phi3ForCausalLM,
     Qwen2Config,
     Qwen2ForCausalLM,
+    Qwen2MoeConfig,
+    Qwen2MoeForCausalLM,
     Qwen3Config,
     Qwen3ForCausalLM,
+    Qwen3MoeConfig,
+    Qwen3MoeForCausalLM,
+    SmolLM3Config,
+    SmolLM3ForCausalLM,
 )
 
 FAMILIES: dict[str, tuple[type, type, dict[str, Any]]] = {
@@ -22,13 +46,40 @@ FAMILIES: dict[str, tuple[type, type, dict[str, Any]]] = {
     "qwen2": (Qwen2Config, Qwen2ForCausalLM, {"tie_word_embeddings": False}),
     "qwen3": (Qwen3Config, Qwen3ForCausalLM, {"head_dim": 12, "tie_word_embeddings": True}),
 }
+_MOE = {
+    "moe_intermediate_size": 24,
+    "num_experts": 4,
+    "num_experts_per_tok": 2,
+    "decoder_sparse_step": 2,  # layer 0 is dense, layer 1 has experts
+}
+ARCHITECTURES: dict[str, tuple[type, type, dict[str, Any]]] = {
+    **FAMILIES,
+    "gemma": (GemmaConfig, GemmaForCausalLM, {"head_dim": 12}),
+    "gemma2": (Gemma2Config, Gemma2ForCausalLM, {"head_dim": 12, "query_pre_attn_scalar": 12}),
+    "gemma3_text": (Gemma3TextConfig, Gemma3ForCausalLM, {"head_dim": 12, "sliding_window": 8}),
+    "smollm3": (SmolLM3Config, SmolLM3ForCausalLM, {"no_rope_layer_interval": 2}),
+    "olmo2": (Olmo2Config, Olmo2ForCausalLM, {}),
+    "phi3": (Phi3Config, Phi3ForCausalLM, {}),
+    "gpt2": (GPT2Config, GPT2LMHeadModel, {"n_embd": 64, "n_inner": 88, "n_layer": 2, "n_head": 8}),
+    "gpt_neox": (GPTNeoXConfig, GPTNeoXForCausalLM, {}),
+    "opt": (OPTConfig, OPTForCausalLM, {"ffn_dim": 88, "word_embed_proj_dim": 48}),
+    "mixtral": (MixtralConfig, MixtralForCausalLM, {"num_local_experts": 4}),
+    "qwen2_moe": (
+        Qwen2MoeConfig,
+        Qwen2MoeForCausalLM,
+        {**_MOE, "shared_expert_intermediate_size": 40},
+    ),
+    "qwen3_moe": (Qwen3MoeConfig, Qwen3MoeForCausalLM, {**_MOE, "head_dim": 12}),
+}
+"""Every supported one; `FAMILIES` are those that a test of all things takes."""
+WITHOUT_GATE = ("gpt2", "gpt_neox", "opt")
 ALL = ("q", "k", "v", "o", "up", "gate", "down")
 VOCABULARY = 61
 
 
 def build_model(family: str = "llama", seed: int = 0, **changes: Any) -> Any:
     """A causal LM of 2 layers, 8 query and 2 KV heads; its biases and norms aren't 0 or 1."""
-    config_class, model_class, extra = FAMILIES[family]
+    config_class, model_class, extra = ARCHITECTURES[family]
     sizes = {
         "hidden_size": 64,
         "intermediate_size": 88,
@@ -42,7 +93,9 @@ def build_model(family: str = "llama", seed: int = 0, **changes: Any) -> Any:
         "eos_token_id": 2,
     }
     torch.manual_seed(seed)
-    model = model_class(config_class(**{**sizes, **extra, **changes}))
+    values = {**sizes, **extra, **changes}  # some names are one family's own: n_layer, ffn_dim
+    config = config_class(**{k: v for k, v in values.items() if hasattr(config_class, k)})
+    model = model_class(config)
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.dim() == 1:
@@ -50,6 +103,10 @@ def build_model(family: str = "llama", seed: int = 0, **changes: Any) -> Any:
             else:
                 parameter.mul_(5)  # an initial deviation of 0.02 leaves hardly any gradient
     return model.eval()
+
+
+def projections_of(family: str) -> tuple[str, ...]:
+    return tuple(p for p in ALL if p != "gate" or family not in WITHOUT_GATE)
 
 
 def tokens(seed: int = 1, shape: tuple[int, int] = (3, 10)) -> torch.Tensor:

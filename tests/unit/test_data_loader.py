@@ -29,7 +29,9 @@ def dataset_of(num_rows: int) -> Dataset:
     )
 
 
-def loader_of(dataset, *, rank=0, world_size=1, batch=8, micro=2, seed=0, packing=None):
+def loader_of(
+    dataset, *, rank=0, world_size=1, batch=8, micro=2, seed=0, packing=None, groups=None
+):
     return TrainLoader(
         dataset,
         global_batch_size=batch,
@@ -39,6 +41,7 @@ def loader_of(dataset, *, rank=0, world_size=1, batch=8, micro=2, seed=0, packin
         seed=seed,
         pad_id=0,
         packing=packing,
+        groups=groups,
     )
 
 
@@ -76,7 +79,7 @@ def test_the_ranks_share_the_same_rows_whatever_the_world_size(
             )
             for rank in range(size)
         ]
-        for size in (2, 4)
+        for size in (2, 3, 4, 5)
     }
     for _ in range(3):
         step = alone.next_step()
@@ -85,7 +88,11 @@ def test_the_ranks_share_the_same_rows_whatever_the_world_size(
             parts = [loader.next_step() for loader in loaders]
             assert [line for part in parts for line in part.lines] == step.lines
             assert {part.num_targets for part in parts} == {step.num_targets}
-            assert {len(part.micro_batches) for part in parts} == {batch // (micro * size)}
+            passes = -(-batch // (micro * size))
+            assert {len(part.micro_batches) for part in parts} == {passes}
+            real = [b for part in parts for b in part.micro_batches if b is not None]
+            assert len(real) == batch // micro
+            assert sum(b.num_targets for b in real) == step.num_targets
 
 
 @settings(max_examples=20, deadline=None)
@@ -218,3 +225,34 @@ def test_evaluation_covers_every_row_once_with_as_many_batches_on_each_rank(
 )
 def test_num_steps_rounds_up_what_was_asked_for(length, num_rows, steps):
     assert num_steps(OptimConfig(global_batch_size=16, **length), num_rows) == steps
+
+
+@settings(max_examples=20, deadline=None)
+@given(
+    counts=st.lists(st.integers(1, 9), min_size=1, max_size=3),
+    weights=st.lists(st.sampled_from([0.25, 0.5, 1.0, 1.5, 3.0]), min_size=3, max_size=3),
+    packing=st.sampled_from([None, 8]),
+)
+def test_a_weight_is_the_passes_over_a_file_in_an_epoch(counts, weights, packing):
+    groups = list(zip(counts, weights, strict=False))
+    dataset = dataset_of(sum(counts))
+    arguments = {"batch": 1, "micro": 1, "packing": packing, "groups": groups}
+    loader = loader_of(dataset, **arguments)
+    assert loader.num_rows == num_sequences(dataset, packing, 0, groups)
+    epochs = 4  # in which a quarter is a whole pass
+    seen: Counter[tuple[int, int]] = Counter()
+    resumed = loader_of(dataset, **arguments)
+    for number in range(epochs * loader.num_rows):
+        if number == loader.num_rows + 1:
+            resumed.load_state_dict(loader.state_dict())
+        step = loader.next_step()
+        if number > loader.num_rows:
+            assert_equal_steps(resumed.next_step(), step)
+        seen.update(zip(step.files, step.lines, strict=True))
+    start = 0
+    for number, (count, weight) in enumerate(groups):
+        times = [seen[number, line] for line in range(start + 1, start + count + 1)]
+        assert max(times) - min(times) <= 1  # in turn
+        if packing is None:
+            assert sum(times) == epochs * max(1, round(count * weight))
+        start += count

@@ -18,6 +18,7 @@ from transformers import AutoTokenizer
 
 from s2ft_ray.data import PreparedData, encode_prompt, prepare_data, preview
 from s2ft_ray.data.prepared import count_held_out
+from s2ft_ray.data.validation import FEATURES
 from s2ft_ray.errors import DataError
 
 SHARED = Path(__file__).parents[3] / "shared"
@@ -97,7 +98,7 @@ def test_what_is_loaded_is_what_was_saved(tmp_path, capfd):
     assert loaded.eval_prompts == data.eval_prompts
     for name in ("train", "eval"):
         mine, theirs = getattr(data, name), getattr(loaded, name)
-        assert mine.column_names == ["input_ids", "target_mask", "prompt_len", "line"]
+        assert mine.column_names == list(FEATURES)
         assert mine.to_dict() == theirs.to_dict()
     assert capfd.readouterr() == ("", "")  # no progress bars in a job's log
 

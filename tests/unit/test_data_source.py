@@ -103,12 +103,14 @@ def test_a_missing_file_is_named_with_its_key_and_where_it_was_sought(tmp_path, 
         SourceFile("no.jsonl", "data.eval")
     assert str(caught.value) == (
         f"data.eval: no.jsonl: no such file (looked for {tmp_path}/no.jsonl);"
-        " name a JSONL or JSON file"
+        " name a JSONL, JSON or Parquet file"
     )
 
 
 def test_a_folder_is_refused(tmp_path):
-    with pytest.raises(DataError, match=r"^data\.train: .* is a folder; name a JSONL or JSON file"):
+    with pytest.raises(
+        DataError, match=r"^data\.train: .* is a folder; name a JSONL, JSON or Parquet file"
+    ):
         SourceFile(str(tmp_path), "data.train")
 
 

@@ -121,7 +121,8 @@ def test_rows_that_fit_no_format_are_told_what_is_known(tmp_path):
     fault, _ = faults_of(tmp_path, [{"question": "q", "answer": "a"}])
     assert fault == (
         "d.jsonl:1: its keys (question, answer) fit no known format; known: chat (messages),"
-        " completion (prompt, completion), instruction (instruction, output), text (text);"
+        " completion (prompt, completion), instruction (instruction, output),"
+        " preference (prompt, chosen, rejected), text (text);"
         " rename the keys"
     )
 

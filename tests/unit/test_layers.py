@@ -11,21 +11,22 @@ PACKAGE = Path(__file__).parents[2] / "s2ft_ray"
 LEVELS = [
     {"errors"},
     {"config"},
-    {"method", "data", "bases", "accounts"},
-    {"registry"},
+    {"method", "data", "bases", "database"},
+    {"registry", "accounts"},
     {"training", "scheduler", "serving"},
-    {"node", "cli"},
+    {"node", "finetune", "cli"},
 ]
 LEVEL = {room: level for level, rooms in enumerate(LEVELS) for room in rooms}
 # What only some rooms may import from outside, by its first name.
 OWNERS = {
     "mlflow": {"registry"},
-    "ray": {"training", "scheduler", "serving", "node", "cli"},
+    "alembic": {"database"},
+    "ray": {"training", "scheduler", "serving", "node", "finetune", "cli"},
     "torch": {"method", "data", "bases", "registry", "training", "serving"},
     "transformers": {"data", "bases", "registry", "training", "serving"},
 }
 # Peers of one level that may be asked all the same, and why.
-ALLOWED_PEERS = {("cli", "node")}
+ALLOWED_PEERS = {("cli", "node"), ("cli", "finetune")}
 
 
 def room_of(path: Path) -> str:

@@ -37,6 +37,7 @@ def build_adapter(**changes: Any) -> Adapter:
             "in",
             torch.tensor([0, 3, 9], dtype=torch.int32),
             torch.randn(5, 3, generator=generator),
+            size=11,
         ),
         QUERY: AdapterSlice(
             "out", torch.tensor([2, 4], dtype=torch.int32), torch.randn(2, 5, generator=generator)
@@ -60,7 +61,7 @@ def test_a_saved_adapter_comes_back_whole(tmp_path: Path) -> None:
     assert loaded.training == adapter.training
     assert list(loaded.slices) == list(adapter.slices)
     for name, part in adapter.slices.items():
-        assert loaded.slices[name].side == part.side
+        assert (loaded.slices[name].side, loaded.slices[name].size) == (part.side, part.size)
         assert torch.equal(loaded.slices[name].indices, part.indices)
         assert torch.equal(loaded.slices[name].delta, part.delta)
 
@@ -76,8 +77,8 @@ def test_the_files_are_what_the_contract_says(tmp_path: Path) -> None:
         "revision": "abc123",
         "fingerprint": "0" * 64,
     }
-    assert document["modules"][DOWN] == {"side": "in", "count": 3}
-    assert document["modules"][QUERY] == {"side": "out", "count": 2}
+    assert document["modules"][DOWN] == {"side": "in", "count": 3, "size": 11}
+    assert document["modules"][QUERY] == {"side": "out", "count": 2, "size": None}
     assert document["config"]["budgets"] == {"q": 0.1, "down": 0.2}
     tensors = safetensors.torch.load_file(tmp_path / TENSORS_NAME)
     assert {name: (t.dtype, list(t.shape)) for name, t in tensors.items()} == {
@@ -226,6 +227,8 @@ DAMAGES: dict[str, tuple[Callable[[Path], Any], str]] = {
     ),
     "no modules": (edit_config(lambda d: d.update(modules={})), "at least one module"),
     "bad side": (edit_config(lambda d: d["modules"][DOWN].update(side="up")), "side: in | out"),
+    "bad size": (edit_config(lambda d: d["modules"][DOWN].update(size=2)), "size: count or more"),
+    "low size": (edit_config(lambda d: d["modules"][DOWN].update(size=9)), "a weight of 9"),
     "bad training": (edit_config(lambda d: d.update(training=[])), "training is not an object"),
     "extra module": (
         edit_config(lambda d: d["modules"].update(x={"side": "in", "count": 1})),

@@ -6,13 +6,18 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from method_models import ALL, FAMILIES, build_model, tokens
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from s2ft_ray.method import S2FTConfig, S2FTLinear, convert, slice_layers
+from s2ft_ray.method.linear import slice_linear
+from s2ft_ray.method.weights import as_place, gather, put
 
+DTYPES = [torch.float32, torch.bfloat16]
 IN, OUT, INDICES = 40, 24, [1, 2, 7, 19, 23]
 
 
@@ -75,6 +80,59 @@ def test_gradients_reach_double_precision(side: str) -> None:
     plain(x).square().sum().backward()
     layer(x).square().sum().backward()
     assert torch.equal(layer.slice.grad, selected(layer, plain.weight.grad).float())
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.data())
+def test_slice_gradients_are_entries_of_the_full_one_for_any_shape(data: Any) -> None:
+    size = st.integers(1, 12)
+    num_in, num_out = data.draw(size), data.draw(size)
+    shape = (*data.draw(st.lists(st.integers(1, 4), max_size=2)), num_in)
+    side = data.draw(st.sampled_from(["in", "out"]))
+    is_transposed, dtype = data.draw(st.booleans()), data.draw(st.sampled_from(DTYPES))
+    count = num_in if side == "in" else num_out
+    chosen = data.draw(st.sets(st.integers(0, count - 1), min_size=1))
+    indices = torch.tensor(sorted(chosen))
+    place = data.draw(st.sampled_from([indices, as_place(indices)]))
+    generator = torch.Generator().manual_seed(data.draw(st.integers(0, 99)))
+    x = torch.randn(shape, generator=generator).to(dtype).requires_grad_()
+    weight = torch.randn(num_out, num_in, generator=generator).to(dtype)
+    grad = torch.randn((*shape[:-1], num_out), generator=generator).to(dtype)
+    full = weight.clone().requires_grad_()
+    dim = -1 if side == "in" else -2
+    part = gather(weight, dim, indices).float()
+    part = (part.T.contiguous() if is_transposed else part).requires_grad_()
+    y = slice_linear(x, weight, None, part, place, side, is_transposed=is_transposed)
+    y.backward(grad)
+    found, grad_x, x.grad = part.grad, x.grad, None
+    torch.nn.functional.linear(x, full).backward(grad)
+    expected = gather(full.grad, dim, indices).float()
+    tolerance = 1e-4 if dtype == torch.float32 else 0.1
+    assert found.dtype == torch.float32
+    found = found.T if is_transposed else found
+    torch.testing.assert_close(found, expected, rtol=tolerance, atol=tolerance)
+    torch.testing.assert_close(grad_x, x.grad, rtol=tolerance, atol=tolerance)
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.data())
+def test_what_is_put_is_what_is_gathered_and_nothing_else_changes(data: Any) -> None:
+    experts = data.draw(st.none() | st.integers(1, 4))
+    sizes = data.draw(st.tuples(st.integers(1, 9), st.integers(1, 9)))
+    dim = data.draw(st.sampled_from([-1, -2]))
+    weight = torch.randn(*(() if experts is None else (experts,)), *sizes)
+    count = data.draw(st.integers(1, sizes[dim]))
+    rows = [
+        sorted(data.draw(st.permutations(range(sizes[dim])))[:count]) for _ in range(experts or 1)
+    ]
+    indices = torch.tensor(rows if experts else rows[0])
+    before = weight.clone()
+    values = torch.randn_like(gather(weight, dim, indices))
+    for place in (indices, as_place(indices)):
+        put(weight, dim, place, values)
+        assert torch.equal(gather(weight, dim, place), values)
+        put(weight, dim, place, gather(before, dim, indices))
+        assert torch.equal(weight, before)
 
 
 def test_the_input_gets_no_gradient_where_it_wants_none() -> None:

@@ -2,6 +2,7 @@
 
 import json
 from itertools import pairwise
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -12,19 +13,32 @@ from method_models import ALL, build_model
 
 from s2ft_ray.errors import AdapterError, ConfigError
 from s2ft_ray.method import S2FTConfig, convert, count_trainable, extract_adapter, restore
-from s2ft_ray.method.architectures import Geometry
+from s2ft_ray.method.geometry import Geometry
 from s2ft_ray.method.scores import random_scores
-from s2ft_ray.method.selection import Taken, select, to_units
+from s2ft_ray.method.selection import Taken, select, to_modules
 
 budgets = st.dictionaries(st.sampled_from(ALL), st.floats(0.001, 1.0, allow_nan=False), min_size=1)
+
+
+def geometry_of(
+    num_layers: int, num_heads: int, num_kv_heads: int, head_dim: int, width: int, hidden_size: int
+) -> Geometry:
+    return Geometry.of(
+        SimpleNamespace(
+            model_type="llama",
+            num_hidden_layers=num_layers,
+            num_attention_heads=num_heads,
+            num_key_value_heads=num_kv_heads,
+            head_dim=head_dim,
+            intermediate_size=width,
+            hidden_size=hidden_size,
+        )
+    )
+
+
 geometries = st.builds(
-    lambda layers, kv, group, head_dim, width: Geometry(
-        num_layers=layers,
-        num_heads=kv * group,
-        num_kv_heads=kv,
-        head_dim=head_dim,
-        intermediate_size=width,
-        hidden_size=16,
+    lambda layers, kv, group, head_dim, width: geometry_of(
+        layers, kv * group, kv, head_dim, width, 16
     ),
     st.integers(1, 4),
     st.integers(1, 4),
@@ -38,13 +52,16 @@ def choose(geometry: Geometry, **config: Any) -> dict[Any, set[int]]:
     """Units by (layer, projection)."""
     resolved = S2FTConfig(**config)
     chosen = select(resolved, geometry, random_scores(resolved.seed, geometry), Taken())
-    return {key: set(to_units(key[1], indices, geometry)) for key, indices in chosen.items()}
+    return {
+        (layer, projection): set(units.tolist())
+        for (layer, _), by_projection in chosen.items()
+        for projection, units in by_projection.items()
+    }
 
 
-def num_units(geometry: Geometry, projection: str) -> int:
-    sizes = {"q": geometry.num_heads, "o": geometry.num_heads}
-    sizes |= {"k": geometry.num_kv_heads, "v": geometry.num_kv_heads}
-    return sizes.get(projection, geometry.intermediate_size)
+def num_units(geometry: Geometry, projection: str, layer: int = 0) -> int:
+    structure = "heads" if projection in "qkvo" else "channels"
+    return geometry.couplings[layer, structure].parts[projection].num_units
 
 
 @settings(max_examples=60, deadline=None)
@@ -54,14 +71,21 @@ def test_each_layer_has_the_rounded_count_of_whole_units(
 ) -> None:
     config = S2FTConfig(budgets=budget, seed=seed)
     chosen = select(config, geometry, random_scores(config.seed, geometry), Taken())
-    assert chosen.keys() == {(i, p) for i in range(geometry.num_layers) for p in budget}
-    for (_, projection), indices in chosen.items():
-        total = num_units(geometry, projection)
-        size = geometry.head_dim if projection in "qkvo" else 1
-        assert list(indices) == sorted(set(indices))
-        assert 0 <= indices[0] <= indices[-1] < total * size
-        assert len(indices) == max(1, round(budget[projection] * total)) * size
-        assert len(to_units(projection, indices, geometry)) * size == len(indices)
+    modules = to_modules(chosen, geometry)
+    for coupling in geometry.couplings.values():
+        for projection, part in coupling.parts.items():
+            if projection not in budget:
+                assert part.module not in modules
+                continue
+            indices = modules.pop(part.module)
+            size, total = part.unit_size, part.num_units
+            assert indices.tolist() == sorted(set(indices.tolist()))
+            assert 0 <= indices[0] <= indices[-1] < total * size
+            assert len(indices) == max(1, round(budget[projection] * total)) * size
+            units = part.to_units(indices)
+            assert torch.equal(part.to_indices(units), indices)
+            assert torch.equal(units, chosen[coupling.layer, coupling.structure][projection])
+    assert not modules
 
 
 @settings(max_examples=60, deadline=None)
@@ -107,7 +131,7 @@ def build_model_and_keep(state: torch.Tensor) -> Any:
 def test_kv_heads_come_in_the_order_of_their_first_query_head(
     geometry: Geometry, seed: int
 ) -> None:
-    group = geometry.num_heads // geometry.num_kv_heads
+    group = geometry.couplings[0, "heads"].group_size
     one_head = choose(geometry, budgets={"o": 1e-9, "v": 1e-9}, seed=seed)
     for layer in range(geometry.num_layers):
         (head,), (kv_head,) = one_head[layer, "o"], one_head[layer, "v"]
@@ -115,7 +139,7 @@ def test_kv_heads_come_in_the_order_of_their_first_query_head(
 
 
 def test_seeds_and_layers_differ() -> None:
-    geometry = Geometry(4, 8, 2, 8, 500, 64)
+    geometry = geometry_of(4, 8, 2, 8, 500, 64)
     one = choose(geometry, budgets={"down": 0.1}, seed=0)
     other = choose(geometry, budgets={"down": 0.1}, seed=1)
     assert one[0, "down"] != other[0, "down"]
@@ -124,7 +148,7 @@ def test_seeds_and_layers_differ() -> None:
 
 def test_the_random_order_is_the_same_in_every_release() -> None:
     # A run is a function of (config, data, base, seed): these numbers are part of the contract.
-    chosen = choose(Geometry(2, 8, 2, 8, 100, 64), budgets={"o": 0.3, "down": 0.05}, seed=7)
+    chosen = choose(geometry_of(2, 8, 2, 8, 100, 64), budgets={"o": 0.3, "down": 0.05}, seed=7)
     assert chosen == {
         (0, "o"): {5, 7},
         (0, "down"): {23, 66, 68, 70, 89},
@@ -166,11 +190,10 @@ def test_a_kv_head_takes_the_query_heads_it_serves() -> None:
     selection = convert(model, S2FTConfig(budgets={"o": 0.5, "k": 0.5}), avoid=[other])
     head_dim = 8
     for layer in range(2):
-        (kv_head,) = to_units(
-            "v",
-            other.slices[f"model.layers.{layer}.self_attn.v_proj"].indices.tolist(),
-            Geometry.of(model.config),
-        )
+        part = Geometry.of(model.config).couplings[layer, "heads"].parts["v"]
+        (kv_head,) = part.to_units(
+            other.slices[f"model.layers.{layer}.self_attn.v_proj"].indices
+        ).tolist()
         assert selection.heads[layer] == [h for h in range(8) if h // 4 != kv_head]
         assert selection.kv_heads[layer] == [1 - kv_head]
         module = selection.modules[f"model.layers.{layer}.self_attn.o_proj"]
@@ -237,7 +260,7 @@ def test_global_allocation_draws_the_count_of_all_layers_together(
 
 def test_global_allocation_meets_a_share_that_uniform_rounds() -> None:
     # The paper's table 6: 0.052 of 32 heads is 1.66 a layer.
-    geometry = Geometry(32, 32, 32, 4, 64, 128)
+    geometry = geometry_of(32, 32, 32, 4, 64, 128)
     uniform = choose(geometry, budgets={"o": 0.052})
     drawn = choose(geometry, budgets={"o": 0.052}, allocation="global")
     assert sum(map(len, uniform.values())) == 64

@@ -203,35 +203,3 @@ def test_a_switch_that_fails_half_way_changes_nothing(monkeypatch: pytest.Monkey
     monkeypatch.undo()
     assert_same_state(model, before)
     assert set(vars(model)) == attributes
-
-
-@pytest.mark.parametrize("family", FAMILIES)
-def test_a_merged_export_is_a_plain_checkpoint_of_the_switched_model(
-    family: str, tmp_path: Path
-) -> None:
-    model = build_model(family)
-    base = snapshot(model)
-    adapter, _ = train_adapter(model, seed=0)
-    adapter.export_merged(model, tmp_path)
-    assert_same_state(model, base)
-    merged = type(model).from_pretrained(tmp_path).eval()
-    adapter.switch_into(model)
-    with torch.no_grad():
-        assert torch.equal(merged(tokens()).logits, model(tokens()).logits)
-    assert_same_state(merged, snapshot(model))
-
-
-def test_an_export_that_fails_switches_the_adapter_out(tmp_path: Path) -> None:
-    model = build_model()
-    base = snapshot(model)
-    adapter, _ = train_adapter(model, seed=0)
-
-    def fail(_path: Path) -> None:
-        raise OSError(28, "No space left on device")
-
-    model.save_pretrained = fail
-    with pytest.raises(OSError, match="No space left"):
-        adapter.export_merged(model, tmp_path)
-    del model.save_pretrained
-    assert_same_state(model, base)
-    assert switched_fingerprints(model) == []

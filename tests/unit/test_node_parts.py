@@ -122,7 +122,7 @@ def test_a_stale_record_harms_nobody_who_has_its_pid_now(
 ) -> None:
     stale = ProcessRecord(pid=sleeper.pid, started=time.time() - ago_s)
     save_record(tmp_path, NodeRecord(port_base=8600, processes={"ray": stale}))
-    assert [service.state for service in node.status(tmp_path).services] == ["down", "down"]
+    assert [service.state for service in node.status(tmp_path).services] == ["down"] * 3
     assert node.down(tmp_path) == []
     assert sleeper.poll() is None
 
@@ -190,7 +190,10 @@ def test_another_nodes_addresses_dont_leak_into_a_service(tmp_path: Path) -> Non
         env = services.service_env(here, name, shell)
         assert env["S2FT_HOME"] == str(tmp_path / "here")
         assert env["LANG"] == "C"
-        assert not {"RAY_AUTH_TOKEN", "MLFLOW_TRACKING_URI", "RAY_ADDRESS"} & set(env)
+        assert "RAY_AUTH_TOKEN" not in env
+        own = services.client_env(here) if name == "scheduler" else {}
+        for key in ("RAY_ADDRESS", "RAY_API_SERVER_ADDRESS", "MLFLOW_TRACKING_URI"):
+            assert env.get(key) == own.get(key)
     ray = services.service_env(here, "ray", shell)
     assert ray["RAY_AUTH_TOKEN_PATH"] == str(tmp_path / "here" / "ray_token")
     assert ray["RAY_AUTH_MODE"] == "token"

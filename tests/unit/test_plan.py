@@ -1,13 +1,19 @@
-"""The memory estimate against what the graph really keeps."""
+"""The memory estimate against what the graph really keeps, and a 70B plan on paper."""
+
+import json
+from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from s2ft_ray.config import parse_config
+from s2ft_ray.bases import load_tokenizer
+from s2ft_ray.config import ModelConfig, parse_config
 from s2ft_ray.method import convert
-from s2ft_ray.training.plan import estimate_memory
+from s2ft_ray.training.memory import estimate_memory, measure_base
+from s2ft_ray.training.parallel import Layout
+from s2ft_ray.training.plan import plan_run
 
 VOCAB, TOKENS = 64, 512
 
@@ -59,7 +65,14 @@ def test_the_estimate_is_what_the_graph_keeps(
     selection = convert(model, config.method)
     if checkpointing:
         model.activation_checkpointing_enable()
-    estimate = estimate_memory(config, sizes, selection.num_trainable, TOKENS // 4)
+    estimate = estimate_memory(
+        config,
+        sizes,
+        measure_base(config, sizes),
+        selection.num_trainable,
+        TOKENS // 4,
+        Layout.of("replicate", 1, 1),
+    )
     kept = bytes_kept(model)
     if checkpointing:  # the estimate has one layer's recomputed part, which is no more than rest
         assert kept < estimate.activations < 4 * kept
@@ -69,4 +82,44 @@ def test_the_estimate_is_what_the_graph_keeps(
     assert estimate.base == width * sum(
         p.numel() for name, p in model.named_parameters() if not name.endswith(".slice")
     )
-    assert estimate.slices == 16 * selection.num_trainable
+    # Slices, gradients and moments; whole on each worker slices, gradients and the base's values.
+    assert estimate.slices == (16 + 8 + width) * selection.num_trainable
+
+
+def test_a_70b_run_is_planned_on_paper(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("S2FT_HOME", str(tmp_path))
+    sizes = LlamaConfig(
+        vocab_size=128_256,
+        hidden_size=8_192,
+        intermediate_size=28_672,
+        num_hidden_layers=80,
+        num_attention_heads=64,
+        num_key_value_heads=8,
+        dtype="bfloat16",
+    )
+    sizes.architectures = ["LlamaForCausalLM"]
+    sizes.save_pretrained(tmp_path / "base")  # a configuration and a tokenizer; no weights
+    load_tokenizer(ModelConfig()).save_pretrained(tmp_path / "base")
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text(json.dumps({"prompt": "a", "completion": "b " * 50}) + "\n" + "{}\n")
+    config = parse_config(
+        {
+            "tenant": "acme",
+            "name": "big",
+            "model": {"name_or_path": str(tmp_path / "base")},
+            "data": {"train": str(rows), "eval": str(rows), "invalid_rows": "drop"},
+            "optim": {"global_batch_size": 16, "micro_batch_size": 1, "max_steps": 10},
+            "parallel": {"num_workers": 16, "sharding": "hybrid", "shard_group": 8},
+        }
+    )
+    plan = plan_run(config)
+    assert plan.num_parameters == 70_553_706_496
+    (cost,) = plan.costs
+    assert cost.memory.base == pytest.approx(141e9 / 8, rel=0.01)
+    assert cost.memory.gathered == pytest.approx(2 * 2 * 855e6 + 2 * 2 * 128_256 * 8_192, rel=0.01)
+    # One micro-batch a worker: the base and the slices twice, of which 7/8 come from others.
+    slices = 4 * plan.num_trainable
+    assert cost.traffic.gathered == pytest.approx(2 * (141.1e9 + slices) * 7 / 8, rel=0.01)
+    text = plan.describe()
+    assert "MiB on each of 16 worker(s) in hybrid" in text
+    assert f"checkpoint  {12 * plan.num_trainable / 2**20:,.1f} MiB" in text

@@ -1,0 +1,137 @@
+"""Every layout of the weights: the same losses, and what each holds and moves, as estimated."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import runs
+import torch
+from gloo import GlooPool
+
+from s2ft_ray.bases import load_model_config
+from s2ft_ray.method import Adapter
+from s2ft_ray.training import worker
+from s2ft_ray.training.memory import (
+    estimate_checkpoint,
+    estimate_memory,
+    estimate_traffic,
+    measure_base,
+)
+from s2ft_ray.training.run_folder import RunFolder
+from s2ft_ray.training.traffic import TrafficCounter
+
+MODES = ("replicate", "full", "hybrid")
+# Nothing in it divides by the workers: neither the rows of a weight nor the selected ones.
+UNEVEN = {"hidden_size": 30, "intermediate_size": 37}
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return runs.save_base(tmp_path_factory.mktemp("base"), **UNEVEN)
+
+
+def make_run(folder: Path, base: Path, mode: str, **sections: Any) -> RunFolder:
+    parallel = {"num_workers": 4, "sharding": mode, "shard_group": 2}
+    return runs.make_run(folder, base, parallel=parallel, **sections)
+
+
+def differences(left: RunFolder, right: RunFolder) -> tuple[float, float]:
+    """Largest difference of a loss, and of a delta."""
+    losses = [[line["loss"] for line in runs.read_metrics(run, "train")] for run in (left, right)]
+    ours, theirs = Adapter.load(left.adapter).slices, Adapter.load(right.adapter).slices
+    deltas = [float((part.delta - theirs[name].delta).abs().max()) for name, part in ours.items()]
+    return max(abs(a - b) for a, b in zip(*losses, strict=True)), max(deltas)
+
+
+def test_all_layouts_train_alike_on_uneven_sizes(
+    four: GlooPool, tmp_path: Path, base: Path
+) -> None:
+    made = {}
+    budgets = {"o": 0.3, "v": 0.3, "up": 0.08, "down": 0.01}  # one column of down
+    for mode in MODES:
+        made[mode] = make_run(tmp_path / mode, base, mode, method={"budgets": budgets})
+        four.run(runs.train, made[mode].path)
+    for mode in ("full", "hybrid"):
+        loss, delta = differences(made["replicate"], made[mode])
+        assert loss < 1e-5
+        assert delta < 1e-5
+
+
+def test_a_hybrid_run_resumes_in_groups_of_another_size(
+    two: GlooPool, four: GlooPool, tmp_path: Path, base: Path
+) -> None:
+    whole, cut = (make_run(tmp_path / name, base, "hybrid") for name in ("whole", "cut"))
+    four.run(runs.train, whole.path)
+    four.run(stop_after_one_step, cut.path)
+    cut.clear_stop()
+    two.run(runs.train, cut.path)
+    assert differences(whole, cut)[1] < 1e-5
+
+
+def stop_after_one_step(path: Path) -> None:
+    RunFolder(path).request_stop("test")
+    with pytest.raises(worker.Preempted):
+        runs.train(path)
+
+
+def measure(path: Path) -> dict[str, int]:
+    """Train; return what this worker's second step receives, and what it holds after it."""
+    real = worker.train_step
+    seen: dict[str, int] = {}
+
+    def measured(model: Any, optimizer: Any, *args: Any, number: int, **rest: Any) -> Any:
+        if number != 1:
+            return real(model, optimizer, *args, number=number, **rest)
+        with TrafficCounter() as traffic:
+            result = real(model, optimizer, *args, number=number, **rest)
+        seen.update(traffic.received)
+        frozen = [p for p in model.parameters() if not p.requires_grad]
+        seen["base"] = sum(local_bytes(p) for p in frozen)
+        states = [t for state in optimizer.state.values() for t in state.values() if t.dim()]
+        trained = [p for p in model.parameters() if p.requires_grad]
+        seen["slices"] = 2 * sum(map(local_bytes, trained)) + sum(map(local_bytes, states))
+        return result
+
+    worker.train_step = measured
+    try:
+        runs.train(path)
+    finally:
+        worker.train_step = real
+    return seen
+
+
+def local_bytes(tensor: torch.Tensor) -> int:
+    local = tensor.to_local() if hasattr(tensor, "to_local") else tensor
+    return local.numel() * local.element_size()
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_the_estimates_are_what_a_run_holds_and_receives(
+    four: GlooPool, tmp_path: Path, mode: str
+) -> None:
+    base = runs.save_base(
+        tmp_path / "base", hidden_size=64, intermediate_size=160, num_attention_heads=8, head_dim=8
+    )
+    budgets = {"o": 0.25, "v": 0.5, "down": 0.1}
+    run = make_run(tmp_path / "run", base, mode, method={"budgets": budgets})
+    measured = four.run(measure, run.path)
+    config = run.load_config()
+    model_config = load_model_config(config.model)
+    trained = Adapter.load(run.adapter).num_parameters
+    size = measure_base(config, model_config)
+    layout = worker.Layout.of(mode, 4, 2)  # type: ignore[arg-type]
+    memory = estimate_memory(config, model_config, size, trained, 64, layout)
+    held = [rank["base"] for rank in measured]
+    # FSDP pads a weight to equal shards: a little more than a share.
+    assert memory.base <= max(held) <= 1.1 * memory.base
+    state = max(rank["slices"] for rank in measured)
+    assert state == pytest.approx(16 * trained / layout.slice_shards, rel=0.25)
+    traffic = estimate_traffic(config, size, trained, layout)
+    gathered = max(rank["gather"] for rank in measured)
+    assert gathered == pytest.approx(traffic.gathered, rel=0.25)
+    # Beside the slices a few scalars are reduced: the loss, the norm of the gradient.
+    reduced = max(rank["reduce_scatter"] + rank["all_reduce"] for rank in measured)
+    assert reduced == pytest.approx(traffic.reduced, rel=0.35)
+    saved = sum(p.stat().st_size for p in (run.checkpoints / "step-00000006").glob("*.distcp"))
+    pieces = 4 * 4 * len(Adapter.load(run.adapter).slices)  # a header each, 1.5 kB
+    assert 0 < saved - estimate_checkpoint(trained) < 2_000 * pieces

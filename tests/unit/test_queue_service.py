@@ -1,0 +1,345 @@
+from pathlib import Path
+
+import pytest
+from queue_parts import Queue, document
+
+from s2ft_ray.errors import ConfigError, JobError, StaleAttempt
+from s2ft_ray.scheduler.cluster import without_others
+from s2ft_ray.scheduler.views import NodeView
+
+SUCCESS = {"outcome": "succeeded", "model": ["acme.bot", 3], "rows": 1600, "tokens": 9000}
+
+
+@pytest.fixture
+def queue(tmp_path: Path) -> Queue:
+    return Queue(tmp_path)
+
+
+# The way through
+
+
+def test_a_job_is_admitted_launched_driven_and_ends(queue: Queue) -> None:
+    job_id = queue.submit()
+    assert queue.state(job_id) == "queued"
+    queue.tick()
+    assert queue.state(job_id) == "starting"
+    assert queue.launcher.launches == [f"{job_id}-1"]
+    attempt = queue.begin(job_id)
+    assert queue.state(job_id) == "running"
+    queue.clock.now += 50
+    queue.scheduler.report(job_id, attempt, SUCCESS)
+    answer = queue.scheduler.job(job_id)
+    assert answer["model"] == {"name": "acme.bot", "version": "3"}
+    assert answer["finished_at"].endswith("+00:00")
+    assert queue.causes(job_id) == ["submitted", "admitted", "first step", "registered"]
+    (row,) = queue.scheduler.usage()
+    assert row["tokens"] == 9000
+    assert row["worker_seconds"]["CPU"] == pytest.approx(50)
+
+
+def test_a_driver_that_waits_takes_its_own_admission(queue: Queue) -> None:
+    job_id = queue.submit(driver_id="raysubmit_1")
+    assert queue.scheduler.poll(job_id, "raysubmit_1")["state"] == "queued"
+    queue.tick()
+    assert queue.launcher.launches == []
+    claimed = queue.scheduler.claim(job_id, "raysubmit_1")
+    assert claimed is not None
+    assert claimed["run_folder"].endswith(f"/acme/bot/{job_id}")
+    assert (claimed["attempt"], claimed["num_workers"], claimed["resume"]) == (1, 1, False)
+    assert queue.scheduler.claim(job_id, "somebody-else") is None
+    queue.tick(20)
+    assert queue.launcher.launches == []
+
+
+def test_a_waiting_driver_that_is_gone_is_replaced(queue: Queue) -> None:
+    job_id = queue.submit(driver_id="raysubmit_1")
+    queue.tick()
+    queue.tick(20)
+    queue.tick()
+    assert queue.launcher.launches == [f"{job_id}-1"]
+    assert queue.scheduler.claim(job_id, "raysubmit_1") is None
+
+
+def test_no_more_drivers_wait_than_may(tmp_path: Path) -> None:
+    queue = Queue(tmp_path, max_waiting=1)
+    first = queue.scheduler.submit(document("one"), driver_id="d1")
+    second = queue.scheduler.submit(document("two"), driver_id="d2")
+    assert (first["may_wait"], second["may_wait"]) == (True, False)
+    queue.clock.now += 60  # the first one is gone
+    assert queue.scheduler.submit(document("three"), driver_id="d3")["may_wait"]
+
+
+def test_submitted_twice_is_one_job_until_it_ends(queue: Queue) -> None:
+    first = queue.scheduler.submit(document())
+    again = queue.scheduler.submit(document())
+    assert (first["is_new"], again["is_new"], again["id"]) == (True, False, first["id"])
+    keyed = queue.scheduler.submit(document(), idempotency_key="mine")
+    assert keyed["is_new"]
+    queue.scheduler.cancel(first["id"])
+    assert queue.scheduler.submit(document())["is_new"]
+
+
+# Waiting
+
+
+def test_a_job_that_waits_says_why_and_when(queue: Queue) -> None:
+    held, first, second = (queue.submit(name, workers=3) for name in ("a", "b", "c"))
+    queue.tick()
+    queue.begin(held)
+    queue.tick(20)
+    one, two = queue.scheduler.job(first), queue.scheduler.job(second)
+    assert (one["position"], one["blocker"]) == (1, None)
+    assert (two["position"], two["blocker"]) == (2, first)
+    assert one["reason"] == "needs 3 x (1 CPU), room for 1 now"
+    assert queue.scheduler.job(held)["created_at"] < one["estimated_start"] < two["estimated_start"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({"priority": 7}, "above tenant acme's cap of 5"),
+        ({"parallel": {"num_workers": 3}}, "may hold 2 workers at most"),
+        ({"parallel": {"resources_per_worker": {"TPU": 1}}}, "0 TPU, room for 0 such workers"),
+        ({"optim": {"lr": -1}}, "optim.lr"),
+        ({"tenant": "acm"}, "did you mean acme?"),
+    ],
+)
+def test_bad_input_is_refused_with_value_limit_and_way_out(
+    queue: Queue, changes: dict, expected: str
+) -> None:
+    queue.accounts.set_tenant("acme", priority_cap=5, max_workers=2)
+    queue.tick()
+    with pytest.raises(ConfigError, match=expected):
+        queue.scheduler.submit({**document(), **changes})
+
+
+def test_a_full_queue_of_a_tenant_refuses_the_next(queue: Queue) -> None:
+    queue.accounts.set_tenant("acme", max_queued=1)
+    job_id = queue.submit("a")
+    with pytest.raises(ConfigError, match="1 jobs are queued, its limit is 1"):
+        queue.submit("b")
+    assert queue.submit("a") == job_id  # the same again is no second one
+    queue.tick()
+    assert queue.state(job_id) == "starting"
+    queue.submit("b")
+
+
+def test_a_job_that_waited_too_long_fails_and_one_that_runs_too_long_is_stopped(
+    queue: Queue,
+) -> None:
+    runs = queue.submit("a", workers=4, run_timeout_s=100)
+    waits = queue.submit("b", workers=4, queue_timeout_s=30)
+    queue.tick()
+    attempt = queue.begin(runs)
+    queue.tick(40)
+    answer = queue.scheduler.job(waits)
+    assert (answer["state"], answer["reason"]) == ("failed", "queue_deadline")
+    queue.tick(100)
+    assert queue.beat(runs, attempt) == "stop"
+    queue.scheduler.report(runs, attempt, {"outcome": "preempted"})
+    assert queue.scheduler.job(runs)["reason"] == "run_deadline"
+
+
+# Stops
+
+
+def test_a_preempted_job_waits_at_the_front_and_goes_on_with_the_next_attempt(
+    queue: Queue,
+) -> None:
+    low = queue.submit("low", workers=4)
+    queue.tick()
+    attempt = queue.begin(low)
+    high = queue.scheduler.submit({**document("high", workers=4), "priority": 1})["id"]
+    queue.tick()
+    assert queue.state(low) == "preempting"
+    assert queue.beat(low, attempt) == "stop"
+    queue.scheduler.report(low, attempt, {"outcome": "preempted"})
+    queue.tick()
+    assert (queue.state(low), queue.state(high)) == ("queued", "starting")
+    queue.scheduler.report(high, queue.begin(high), SUCCESS)
+    queue.tick()
+    claimed = queue.scheduler.claim(low, f"{low}-2")
+    assert claimed is not None
+    assert (claimed["attempt"], claimed["resume"]) == (2, True)
+
+
+def test_past_its_grace_period_a_job_is_killed_and_goes_on_later(queue: Queue) -> None:
+    job_id = queue.submit()
+    queue.tick()
+    attempt = queue.begin(job_id)
+    queue.scheduler.pause(job_id)
+    queue.clock.now += 119
+    queue.beat(job_id, attempt)
+    queue.tick()
+    assert queue.launcher.stops == []
+    queue.tick()
+    assert queue.launcher.stops == [f"{job_id}-1"]
+    queue.tick()
+    assert queue.state(job_id) == "queued"
+    assert queue.scheduler.job(job_id)["reason"] == "paused; s2ft resume lets it go on"
+    queue.tick()
+    assert queue.state(job_id) == "queued"
+    queue.scheduler.resume(job_id)
+    queue.tick()
+    assert queue.state(job_id) == "starting"
+
+
+def test_cancel_works_in_every_state_and_on_an_ended_job_does_nothing(queue: Queue) -> None:
+    queued, starting, running = (queue.submit(name, workers=2) for name in ("a", "b", "c"))
+    queue.scheduler.cancel(queued)
+    queue.tick()
+    attempt = queue.begin(running)
+    assert queue.scheduler.cancel(running)["state"] == "preempting"
+    queue.scheduler.report(running, attempt, {"outcome": "preempted"})
+    queue.scheduler.cancel(starting)
+    queue.launcher.drivers[f"{starting}-1"] = "ended"
+    queue.tick(10)
+    assert [queue.state(it) for it in (queued, starting, running)] == ["cancelled"] * 3
+    assert queue.scheduler.cancel(running)["state"] == "cancelled"
+    with pytest.raises(JobError, match="there is none"):
+        queue.scheduler.cancel("job-none")
+
+
+def test_a_job_resumed_while_it_stops_for_its_pause_goes_on_at_once(queue: Queue) -> None:
+    job_id = queue.submit()
+    queue.tick()
+    queue.tick()
+    attempt = queue.begin(job_id)
+    assert queue.scheduler.pause(job_id)["state"] == "preempting"
+    assert queue.scheduler.resume(job_id)["state"] == "preempting"
+    assert queue.beat(job_id, attempt, 2) == "stop"
+    queue.scheduler.report(job_id, attempt, {"outcome": "preempted", "step": 2})
+    assert queue.state(job_id) == "starting"
+    assert queue.begin(job_id, step=3) == attempt + 1
+
+
+def test_an_admission_cancelled_before_anybody_drove_it_ends_at_once(queue: Queue) -> None:
+    job_id = queue.submit(driver_id="waits")
+    queue.tick()
+    queue.scheduler.cancel(job_id)
+    queue.tick()
+    assert queue.state(job_id) == "cancelled"
+
+
+def test_an_elastic_job_grows_without_queueing_again(queue: Queue) -> None:
+    job_id = queue.submit(workers=[1, 4])
+    queue.tick()
+    attempt = queue.begin(job_id)
+    queue.clock.now += 1000
+    progress = {"step": 10, "total_steps": 100, "loss": 1.0, "time_left_s": 9000.0}
+    queue.scheduler.heartbeat(job_id, attempt, progress)
+    queue.tick()
+    assert queue.state(job_id) == "preempting"
+    queue.scheduler.report(job_id, attempt, {"outcome": "preempted"})
+    job = queue.store.job(job_id)
+    assert (job.state, job.num_workers, job.attempt) == ("starting", 4, 2)
+    assert queue.causes(job_id)[-2:] == ["asked to stop: resize", "relaunched with 4 workers"]
+
+
+def test_a_drain_admits_nothing_and_may_stop_what_runs(queue: Queue) -> None:
+    runs = queue.submit("a")
+    queue.tick()
+    attempt = queue.begin(runs)
+    waits = queue.submit("b")
+    queue.scheduler.drain(True, stop_running=True)
+    queue.tick()
+    assert queue.beat(runs, attempt) == "stop"
+    assert queue.scheduler.job(waits)["reason"].startswith("the cluster is being drained")
+    queue.scheduler.drain(False)
+    queue.tick()
+    assert queue.state(waits) == "starting"
+
+
+# Losses
+
+
+def test_a_driver_that_ended_without_a_report_is_followed_by_another(queue: Queue) -> None:
+    job_id = queue.submit()
+    queue.tick()
+    attempt = queue.begin(job_id)
+    queue.launcher.drivers[f"{job_id}-1"] = "ended"
+    queue.tick(10)
+    answer = queue.scheduler.job(job_id)
+    assert answer["state"] == "queued"
+    assert queue.causes(job_id)[-1] == "tried again after driver_lost"
+    queue.tick(10)
+    assert queue.launcher.launches == [f"{job_id}-1", f"{job_id}-2"]
+    with pytest.raises(StaleAttempt):
+        queue.beat(job_id, attempt)
+    with pytest.raises(StaleAttempt):
+        queue.scheduler.report(job_id, attempt, SUCCESS)
+
+
+def test_a_driver_outside_ray_is_lost_when_it_falls_silent(queue: Queue) -> None:
+    job_id = queue.submit(driver_id="host:42")
+    queue.tick()
+    claimed = queue.scheduler.claim(job_id, "host:42")
+    assert claimed is not None
+    queue.tick(20)
+    assert queue.state(job_id) == "starting"
+    queue.tick(20)
+    assert queue.state(job_id) == "queued"
+
+
+def test_a_report_that_is_repeated_changes_nothing(queue: Queue) -> None:
+    job_id = queue.submit()
+    queue.tick()
+    attempt = queue.begin(job_id)
+    queue.scheduler.report(job_id, attempt, SUCCESS)
+    queue.scheduler.report(job_id, attempt, SUCCESS)
+    assert queue.causes(job_id).count("registered") == 1
+
+
+def test_bad_input_is_never_tried_again(queue: Queue) -> None:
+    job_id = queue.submit()
+    queue.tick()
+    attempt = queue.begin(job_id)
+    failure = {"outcome": "failed", "reason": "bad_input", "message": "rows.jsonl: no such file"}
+    queue.scheduler.report(job_id, attempt, failure)
+    answer = queue.scheduler.job(job_id)
+    assert (answer["state"], answer["error"]) == ("failed", "rows.jsonl: no such file")
+
+
+def test_a_restarted_scheduler_goes_on_and_does_nothing_twice(queue: Queue) -> None:
+    first, second = queue.submit("a", workers=4), queue.submit("b", workers=4)
+    queue.tick()
+    attempt = queue.begin(first)
+    queue.restart()
+    queue.tick()
+    assert queue.beat(first, attempt) == "go on"
+    queue.restart()
+    queue.tick()
+    assert queue.launcher.launches == [f"{first}-1"]
+    queue.scheduler.report(first, attempt, SUCCESS)
+    queue.tick()
+    assert queue.launcher.launches == [f"{first}-1", f"{second}-1"]
+
+
+def test_an_admission_that_wasnt_launched_before_the_crash_is_launched_after_it(
+    queue: Queue,
+) -> None:
+    job_id = queue.submit()
+    queue.launcher.is_away = True
+    queue.tick()
+    assert (queue.state(job_id), queue.launcher.launches) == ("starting", [])
+    queue.restart()
+    queue.launcher.is_away = False
+    queue.tick()
+    assert queue.launcher.launches == [f"{job_id}-1"]
+
+
+def test_what_others_hold_of_a_node_isnt_given_away() -> None:
+    total, available = {"CPU": 8.0, "GPU": 2.0}, {"CPU": 3.0, "GPU": 2.0}
+    assert without_others(total, available, {"CPU": 2.0}) == {"CPU": 5.0, "GPU": 2.0}
+    # a gang that is admitted and not there yet leaves more available than the ledger says
+    assert without_others(total, total, {"CPU": 2.0}) == total
+
+
+def test_nodes_that_come_and_go_are_followed(queue: Queue) -> None:
+    job_id = queue.submit(workers=4)
+    queue.cluster.views = [NodeView("n0", {"CPU": 2.0})]
+    queue.tick()
+    assert queue.scheduler.job(job_id)["reason"].endswith("its tenant's limit has at all")
+    queue.cluster.views = [NodeView("n0", {"CPU": 2.0}), NodeView("n1", {"CPU": 2.0})]
+    queue.tick()
+    assert queue.store.job(job_id).placement == {"n0": 2, "n1": 2}

@@ -1,0 +1,131 @@
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+from s2ft_ray.config import S2FTConfig
+from s2ft_ray.errors import AdapterError
+from s2ft_ray.method import Adapter, AdapterSlice, BaseInfo
+from s2ft_ray.serving.batched_layers import BatchedLayers
+from s2ft_ray.serving.device_slots import DeviceSlots, Slot
+from s2ft_ray.serving.requests import AdapterKey
+from s2ft_ray.serving.routing import Routing
+
+WIDTH, INNER = 16, 24
+NUM_ADAPTERS = 5
+TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 0.15}
+
+
+class Model(nn.Module):
+    """`out`'s rows and `back`'s columns are what adapters change."""
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.out = nn.Linear(WIDTH, INNER, bias=False, dtype=dtype)
+        self.back = nn.Linear(INNER, WIDTH, bias=False, dtype=dtype)
+
+
+def make_adapter(draw: torch.Generator, num_out: int, num_in: int) -> Adapter:
+    slices = {}
+    if num_out:
+        rows = torch.randperm(INNER, generator=draw)[:num_out].sort().values.int()
+        delta = torch.randn(num_out, WIDTH, generator=draw)
+        slices["out"] = AdapterSlice("out", rows, delta, size=INNER)
+    if num_in:
+        columns = torch.randperm(INNER, generator=draw)[:num_in].sort().values.int()
+        delta = torch.randn(WIDTH, num_in, generator=draw)
+        slices["back"] = AdapterSlice("in", columns, delta, size=INNER)
+    return Adapter(slices, BaseInfo(None, None, "b"), S2FTConfig())
+
+
+def place(slots: DeviceSlots, layers: BatchedLayers, adapter: Adapter, number: int) -> Slot:
+    key = AdapterKey("t.a", str(number), adapter.fingerprint)
+    slot = slots.allocate(key, adapter)
+    assert slot is not None
+    slots.copy_in(slot, adapter)
+    layers.prepare(key, adapter)
+    return slot
+
+
+def expected(
+    layer: nn.Linear, name: str, x: Tensor, mix: list[tuple[Adapter | None, int]]
+) -> Tensor:
+    """Each request alone, in fp32, with its adapter's delta in the weight."""
+    parts, at = [], 0
+    for adapter, num_tokens in mix:
+        weight = layer.weight.detach().float().clone()
+        part = adapter.slices.get(name) if adapter else None
+        if part is not None:
+            delta = part.delta.to(layer.weight.dtype).float()
+            weight.index_add_(0 if part.side == "out" else 1, part.indices.long(), delta)
+        parts.append(x[at : at + num_tokens].float() @ weight.T)
+        at += num_tokens
+    return torch.cat(parts)
+
+
+sizes = st.tuples(st.sampled_from([0, 1, 3, 3, 7]), st.sampled_from([0, 1, 4, 4, 9]))
+requests = st.tuples(st.integers(-1, NUM_ADAPTERS - 1), st.sampled_from([1, 1, 1, 1, 2, 5, 8, 11]))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@settings(max_examples=100, deadline=None, derandomize=True, database=None)
+@given(
+    of=st.lists(sizes, min_size=NUM_ADAPTERS, max_size=NUM_ADAPTERS),
+    mix=st.lists(requests, min_size=1, max_size=20),
+    seed=st.integers(0, 2**16),
+)
+def test_any_mix_of_tokens_gets_what_each_adapter_alone_gives(
+    dtype: torch.dtype, of: list[tuple[int, int]], mix: list[tuple[int, int]], seed: int
+) -> None:
+    torch.manual_seed(seed)
+    draw = torch.Generator().manual_seed(seed)
+    model = Model(dtype)
+    slots = DeviceSlots(WIDTH, dtype, torch.device("cpu"), 2**14)
+    layers = BatchedLayers(model, slots)
+    adapters = [make_adapter(draw, *size) for size in of]
+    placed = [place(slots, layers, adapter, i) for i, adapter in enumerate(adapters)]
+    ranges, at = [], 0
+    for number, num_tokens in mix:
+        if number >= 0:
+            ranges.append((placed[number], at, at + num_tokens))
+        at += num_tokens
+    whole = [(adapters[number] if number >= 0 else None, num) for number, num in mix]
+    inputs: dict[str, Any] = {"out": torch.randn(at, WIDTH), "back": torch.randn(at, INNER)}
+    layers.routing = Routing(ranges, slots)
+    with torch.no_grad():
+        for name, module in model.named_children():
+            x = inputs[name].to(dtype)
+            for _ in range(2):  # the second pass follows the plan of the first
+                served = module(x[None])[0].float()
+                wanted = expected(module, name, x, whole)
+                torch.testing.assert_close(served, wanted, atol=TOLERANCE[dtype], rtol=0.02)
+
+
+def test_without_a_routing_the_model_is_the_base_bitwise() -> None:
+    torch.manual_seed(0)
+    model = Model(torch.float32)
+    x = torch.randn(3, WIDTH)
+    before = model.out(x)
+    slots = DeviceSlots(WIDTH, torch.float32, torch.device("cpu"), 2**14)
+    layers = BatchedLayers(model, slots)
+    slot = place(slots, layers, make_adapter(torch.Generator(), 3, 3), 0)
+    assert torch.equal(model.out(x), before)
+    layers.routing = Routing([(slot, 0, 1)], slots)
+    with torch.no_grad():
+        served = model.out(x)
+    assert not torch.equal(served[0], before[0])
+    assert torch.equal(served[1:], before[1:])  # the other tokens are untouched
+    layers.remove()
+    assert torch.equal(model.out(x), before)
+
+
+def test_an_adapter_of_a_module_that_the_base_lacks_is_refused() -> None:
+    slots = DeviceSlots(WIDTH, torch.float32, torch.device("cpu"), 2**14)
+    layers = BatchedLayers(Model(torch.float32), slots)
+    part = AdapterSlice("in", torch.arange(2).int(), torch.zeros(WIDTH, 2))
+    foreign = Adapter({"elsewhere": part}, BaseInfo(None, None, "b"), S2FTConfig())
+    with pytest.raises(AdapterError, match="no module elsewhere"):
+        layers.prepare(AdapterKey("t.a", "1", foreign.fingerprint), foreign)

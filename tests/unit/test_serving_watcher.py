@@ -1,0 +1,281 @@
+"""From alias to traffic: what becomes live, what never does, what stays; the canary."""
+
+import asyncio
+import json
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from method_models import build_model
+from serving_fakes import BASE
+
+from s2ft_ray.accounts import Principal
+from s2ft_ray.config import S2FTConfig
+from s2ft_ray.errors import AdapterError, JobError
+from s2ft_ray.method import Adapter, base_fingerprint, convert, extract_adapter, slice_layers
+from s2ft_ray.registry import AliasedModel, ModelRef, ResolvedAdapter
+from s2ft_ray.serving import watcher as watching
+from s2ft_ray.serving.canary import MergedReference, compare, prompt_of
+from s2ft_ray.serving.requests import AdapterKey, PromptLogprob
+from s2ft_ray.serving.routes import Route
+from s2ft_ray.serving.watcher import RejectedError, Watcher
+from s2ft_ray.serving.wire_errors import ApiError
+
+NAME = "acme.bot"
+ACME = Principal("k", "acme", False)
+
+
+class Replica:
+    """A base's replica that finds fault with what a test says."""
+
+    def __init__(self) -> None:
+        self.faults: dict[str, str] = {}
+        self.checked: list[str] = []
+        self.released: list[AdapterKey] = []
+        self.is_dead = False
+
+    async def describe(self) -> Route:
+        return Route(BASE, "base-f")
+
+    async def check(self, route: Route) -> str | None:
+        if self.is_dead:
+            raise RuntimeError("the actor died")
+        self.checked.append(str(route.adapter))
+        return self.faults.get(str(route.adapter))
+
+    async def release(self, key: AdapterKey) -> None:
+        self.released.append(key)
+
+
+class Registry:
+    """MLflow as a test wants it: models by alias, versions with their base."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.aliases: dict[str, int] = {}
+        self.served: dict[str, int] = {}
+        self.shared: frozenset[str] = frozenset()
+        self.bases: dict[int, str] = {}
+        self.is_away = False
+        self.notes: list[tuple[Any, ...]] = []
+        document = {"training": {"data": {"chat_template": "{{ x }}"}}}
+        (folder / "adapter_config.json").write_text(json.dumps(document))
+
+    def list_models(self, _uri: str) -> list[AliasedModel]:
+        if self.is_away:
+            raise JobError("MLflow is away")
+        return [AliasedModel(NAME, dict(self.aliases), dict(self.served), self.shared)]
+
+    def resolve_adapter(self, ref: str, _uri: str) -> ResolvedAdapter:
+        version = int(ref.rpartition(":")[2])
+        if version > 50:
+            raise AdapterError(f"{ref}: there is none")
+        tags = {"base": "some-base", "base_fingerprint": self.bases.get(version, "base-f")}
+        return ResolvedAdapter(NAME, version, None, f"f{version}", self.folder, tags)
+
+    def note(self, *facts: Any) -> None:
+        self.notes.append(facts[:-1])
+
+
+@pytest.fixture
+def registry(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Registry:
+    registry = Registry(tmp_path)
+    monkeypatch.setattr(watching, "list_models", registry.list_models)
+    monkeypatch.setattr(watching, "resolve_adapter", registry.resolve_adapter)
+    monkeypatch.setattr(watching, "note_served", registry.note)
+    monkeypatch.setattr(watching, "note_rejected", registry.note)
+    monkeypatch.setattr(watching, "_RELEASE_AFTER_S", 0.01)
+    return registry
+
+
+def follow(story: Callable[[Watcher, Replica], Awaitable[None]]) -> None:
+    async def run() -> None:
+        replica = Replica()
+        await story(Watcher({BASE: replica}, "sqlite://", 0.01), replica)
+
+    asyncio.run(run())
+
+
+async def live(watcher: Watcher, name: str = NAME) -> Route:
+    catalog = await watcher.catalog(("", 0))
+    found = catalog.resolve(name, ACME)
+    assert isinstance(found, Route)
+    return found
+
+
+def test_a_version_is_live_once_it_was_checked(registry: Registry) -> None:
+    registry.aliases = {"champion": 1, "candidate": 2}
+
+    async def story(watcher: Watcher, replica: Replica) -> None:
+        await watcher.look()
+        assert sorted(replica.checked) == [f"{NAME}:1", f"{NAME}:2"]
+        route = await live(watcher)
+        assert route.adapter == AdapterKey(NAME, "1", "f1")
+        assert route.chat_template == "{{ x }}"
+        assert (await live(watcher, f"{NAME}@candidate")).fingerprint == "f2"
+        assert (NAME, "champion", 1) in registry.notes
+        await watcher.look()
+        assert len(replica.checked) == 2
+
+    follow(story)
+
+
+def test_a_new_version_takes_over_and_the_old_one_is_released(registry: Registry) -> None:
+    registry.aliases = {"champion": 1}
+
+    async def story(watcher: Watcher, replica: Replica) -> None:
+        await watcher.look()
+        before = await watcher.catalog(("", 0))
+        registry.aliases = {"champion": 2}
+        await watcher.look()
+        assert (await live(watcher)).fingerprint == "f2"
+        assert before.models[NAME].live["champion"].fingerprint == "f1"  # who holds it keeps it
+        await asyncio.sleep(0.05)
+        assert replica.released == [AdapterKey(NAME, "1", "f1")]
+
+    follow(story)
+
+
+def test_a_version_with_a_fault_leaves_the_last_good_one_live(registry: Registry) -> None:
+    registry.aliases = {"champion": 1}
+
+    async def story(watcher: Watcher, replica: Replica) -> None:
+        await watcher.look()
+        replica.faults[f"{NAME}:2"] = "canary: off"
+        registry.aliases = {"champion": 2}
+        await watcher.look()
+        await watcher.look()
+        assert (await live(watcher)).fingerprint == "f1"
+        assert replica.checked.count(f"{NAME}:2") == 1
+        assert (NAME, 2, "canary: off") in registry.notes
+        with pytest.raises(RejectedError, match="canary: off"):
+            await watcher.find(ModelRef(NAME, version=2))
+
+    follow(story)
+
+
+def test_a_restarted_watcher_falls_back_to_what_was_served(registry: Registry) -> None:
+    registry.aliases, registry.served = {"champion": 2}, {"champion": 1}
+
+    async def story(watcher: Watcher, replica: Replica) -> None:
+        replica.faults[f"{NAME}:2"] = "canary: off"
+        await watcher.look()
+        assert (await live(watcher)).fingerprint == "f1"
+
+    follow(story)
+
+
+def test_a_first_version_with_a_fault_is_told_and_not_served(registry: Registry) -> None:
+    registry.aliases = {"champion": 1}
+    registry.bases = {1: "another-base"}
+
+    async def story(watcher: Watcher, replica: Replica) -> None:
+        await watcher.look()
+        with pytest.raises(ApiError, match="some-base isn't served here"):
+            await live(watcher)
+        assert replica.checked == []
+
+    follow(story)
+
+
+def test_a_dead_replica_is_no_fault_of_the_version(registry: Registry) -> None:
+    registry.aliases = {"champion": 1}
+
+    async def story(watcher: Watcher, replica: Replica) -> None:
+        replica.is_dead = True
+        await watcher.look()
+        with pytest.raises(ApiError):
+            await live(watcher)
+        replica.is_dead = False
+        await watcher.look()
+        assert (await live(watcher)).fingerprint == "f1"
+
+    follow(story)
+
+
+def test_without_the_registry_what_is_live_stays(registry: Registry) -> None:
+    registry.aliases = {"champion": 1}
+
+    async def story(watcher: Watcher, _: Replica) -> None:
+        registry.is_away = True
+        await watcher.look()
+        catalog = await watcher.catalog(("", 0))
+        assert (catalog.is_ready, catalog.problem) == (False, "MLflow is away")
+        registry.is_away = False
+        await watcher.look()
+        registry.is_away = True
+        await watcher.look()
+        catalog = await watcher.catalog(("", 0))
+        assert catalog.problem == "MLflow is away"
+        assert (await live(watcher)).fingerprint == "f1"
+
+    follow(story)
+
+
+def test_a_removed_alias_is_gone(registry: Registry) -> None:
+    registry.aliases = {"champion": 1, "old": 1}
+
+    async def story(watcher: Watcher, replica: Replica) -> None:
+        await watcher.look()
+        del registry.aliases["old"]
+        registry.shared = frozenset({"globex"})
+        await watcher.look()
+        with pytest.raises(ApiError, match="no alias old, there is champion"):
+            await live(watcher, f"{NAME}@old")
+        catalog = await watcher.catalog(("", 0))
+        assert catalog.models[NAME].is_visible_to(Principal("k", "globex", False))
+        await asyncio.sleep(0.05)
+        assert replica.released == []  # champion is the same version
+
+    follow(story)
+
+
+def test_versions_that_no_alias_names_are_found_when_asked_for(registry: Registry) -> None:
+    registry.aliases = {"champion": 1}
+
+    async def story(watcher: Watcher, replica: Replica) -> None:
+        await watcher.look()
+        for _ in range(2):
+            assert (await watcher.find(ModelRef(NAME, version=7))).fingerprint == "f7"
+        assert replica.checked.count(f"{NAME}:7") == 1
+        with pytest.raises(AdapterError, match="there is none"):
+            await watcher.find(ModelRef(NAME, version=99))
+
+    follow(story)
+
+
+def make_adapter(seed: int) -> Adapter:
+    model = build_model()
+    convert(model, S2FTConfig(budgets={"o": 0.25, "down": 0.1}, seed=seed))
+    with torch.no_grad():
+        for _, layer in slice_layers(model):
+            layer.slice += 0.3 * torch.randn_like(layer.slice)
+            layer.write_back()
+    return extract_adapter(model)
+
+
+def test_the_canarys_reference_is_the_merged_model_and_leaves_the_base_alone() -> None:
+    torch.manual_seed(0)
+    adapter, model = make_adapter(1), build_model()
+    before = base_fingerprint(model)
+    reference = MergedReference(model)
+    prompt = prompt_of(model.config.vocab_size)
+    told = reference.logprobs(adapter, prompt)
+    assert base_fingerprint(model) == before
+    assert reference.logprobs(make_adapter(2), prompt) != told
+    adapter.switch_into(model)
+    ids = torch.tensor([prompt])
+    logits = model(input_ids=ids).logits[0, :-1].log_softmax(-1)
+    wanted = logits.gather(1, ids[0, 1:, None])[:, 0].tolist()
+    assert told == pytest.approx(wanted, abs=1e-5)
+
+
+def test_a_canary_that_is_off_is_told() -> None:
+    served = [PromptLogprob(1, None), PromptLogprob(2, -1.0), PromptLogprob(3, -2.0)]
+    compare(served, [-1.001, -2.0], torch.float32)
+    with pytest.raises(AdapterError, match=r"token 2 has logprob -2\.0"):
+        compare(served, [-1.0, -2.1], torch.float32)
+    with pytest.raises(AdapterError, match="canary"):
+        compare([PromptLogprob(1, None), PromptLogprob(2, float("nan"))], [-1.0], torch.float32)
