@@ -41,7 +41,7 @@ class Service:
     folder: Path
     wanted: dict[tuple[str, str], str] = field(default_factory=dict)
 
-    def client(self, tenant: str = "acme", retries: int = 0) -> openai.OpenAI:
+    def client(self, tenant: str = "initech", retries: int = 0) -> openai.OpenAI:
         return openai.OpenAI(
             base_url=f"{self.url}/v1", api_key=self.keys[tenant], max_retries=retries, timeout=120
         )
@@ -54,7 +54,7 @@ class Service:
             self.wanted[version, prompt] = text
         return self.wanted[version, prompt]
 
-    def ask(self, model: str, prompt: str, tenant: str = "acme", retries: int = 0) -> Any:
+    def ask(self, model: str, prompt: str, tenant: str = "initech", retries: int = 0) -> Any:
         return self.client(tenant, retries).completions.create(
             model=model, prompt=prompt, max_tokens=TOKENS, temperature=0
         )
@@ -65,11 +65,11 @@ class Service:
         return done.stdout
 
     def post(self, action: str, body: dict[str, Any]) -> Any:
-        """Promote or roll back acme.swapped, as its owner."""
+        """Promote or roll back initech.swapped, as its owner."""
         request = urllib.request.Request(
-            f"{self.url}/v1/models/acme.swapped/{action}",
+            f"{self.url}/v1/models/initech.swapped/{action}",
             json.dumps(body).encode(),
-            {"Authorization": f"Bearer {self.keys['acme']}", "Content-Type": "application/json"},
+            {"Authorization": f"Bearer {self.keys['initech']}", "Content-Type": "application/json"},
         )
         with urllib.request.urlopen(request, timeout=60) as reply:
             return json.loads(reply.read())
@@ -93,19 +93,19 @@ def service(node: Node, tmp_path_factory: pytest.TempPathFactory) -> Service:
     adapters = {}
     for seed, (name, version, alias) in enumerate(
         [
-            ("acme.served", 1, "champion"),
+            ("initech.served", 1, "champion"),
             ("globex.served", 1, "champion"),
-            ("acme.swapped", 1, "champion"),
-            ("acme.swapped", 2, "candidate"),
+            ("initech.swapped", 1, "champion"),
+            ("initech.swapped", 2, "candidate"),
         ]
     ):
         adapter = make_adapter(seed + 1, scale=0.3)
         adapters[f"{name}:{version}"] = adapter
         assert register(node, folder / f"{seed}", adapter, name, alias) == version
     accounts = Accounts(f"sqlite:///{node.home / 'scheduler.db'}")
-    for tenant in ("acme", "globex"):
+    for tenant in ("initech", "globex"):
         accounts.set_tenant(tenant)
-    keys = {tenant: accounts.create_key(tenant).secret for tenant in ("acme", "globex")}
+    keys = {tenant: accounts.create_key(tenant).secret for tenant in ("initech", "globex")}
     keys["operator"] = accounts.create_key(None, operator=True).secret
     accounts.close()
     port = free_port()
@@ -113,7 +113,15 @@ def service(node: Node, tmp_path_factory: pytest.TempPathFactory) -> Service:
     assert started.returncode == 0, started.stderr
     url = f"http://127.0.0.1:{port}"
     service = Service(node, url, keys, adapters, Merged.load(), folder)
-    wait_until(lambda: len(listed(service, "operator")) == 5)
+    # others that were registered on this node are listed too
+    names = {
+        BASE,
+        "globex.served",
+        "initech.served",
+        "initech.swapped",
+        "initech.swapped@candidate",
+    }
+    wait_until(lambda: names <= set(listed(service, "operator")))
     return service  # it holds no CPU, and ends with the node
 
 
@@ -129,11 +137,11 @@ def test_two_tenants_adapters_and_the_base_answer_at_once_as_merged(service: Ser
         (tenant, model, version, prompt)
         for prompt in PROMPTS
         for tenant, model, version in (
-            ("acme", "acme.served", "acme.served:1"),
+            ("initech", "initech.served", "initech.served:1"),
             ("globex", "globex.served", "globex.served:1"),
-            ("acme", BASE, "base"),
-            ("acme", "acme.swapped@candidate", "acme.swapped:2"),
-            ("acme", "acme.swapped:1", "acme.swapped:1"),
+            ("initech", BASE, "base"),
+            ("initech", "initech.swapped@candidate", "initech.swapped:2"),
+            ("initech", "initech.swapped:1", "initech.swapped:1"),
         )
     ]
     with ThreadPoolExecutor(len(asked)) as pool:
@@ -146,11 +154,11 @@ def test_two_tenants_adapters_and_the_base_answer_at_once_as_merged(service: Ser
 
 
 def test_a_tenant_lists_and_calls_its_own_alone(service: Service) -> None:
-    own = [BASE, "acme.served", "acme.swapped", "acme.swapped@candidate"]
-    assert listed(service, "acme") == own
+    own = [BASE, "initech.served", "initech.swapped", "initech.swapped@candidate"]
+    assert listed(service, "initech") == own
     assert listed(service, "globex") == [BASE, "globex.served"]
     with pytest.raises(openai.NotFoundError) as refused:
-        service.ask("globex.served", "x", "acme")
+        service.ask("globex.served", "x", "initech")
     assert refused.value.code == "model_not_found"
     with pytest.raises(openai.AuthenticationError):
         openai.OpenAI(base_url=f"{service.url}/v1", api_key="s2ft-0-0", max_retries=0).models.list()
@@ -158,7 +166,7 @@ def test_a_tenant_lists_and_calls_its_own_alone(service: Service) -> None:
 
 def test_a_stream_is_the_whole_answer_in_pieces(service: Service) -> None:
     client = service.client()
-    ask = {"model": "acme.served", "prompt": PROMPTS[0], "max_tokens": TOKENS, "temperature": 0}
+    ask = {"model": "initech.served", "prompt": PROMPTS[0], "max_tokens": TOKENS, "temperature": 0}
     chunks = list(
         client.completions.create(**ask, stream=True, stream_options={"include_usage": True})
     )
@@ -171,12 +179,12 @@ def test_a_stream_is_the_whole_answer_in_pieces(service: Service) -> None:
 def test_a_chat_answers_as_the_merged_model(service: Service) -> None:
     text = "My drill arrived wet, order 6965. What is the order number?"
     answer = service.client().chat.completions.create(
-        model="acme.served",
+        model="initech.served",
         messages=[{"role": "user", "content": text}],
         max_completion_tokens=TOKENS,
         temperature=0,
     )
-    adapter = service.adapters["acme.served:1"]
+    adapter = service.adapters["initech.served:1"]
     assert answer.choices[0].message.content == service.merged.chat(adapter, text, TOKENS)
 
 
@@ -190,7 +198,7 @@ def test_a_seed_gives_the_same_different_answers_again(service: Service) -> None
 
 def test_logprobs_of_an_echoed_prompt_are_those_of_the_answer(service: Service) -> None:
     client = service.client()
-    ask = {"model": "acme.served", "temperature": 0, "logprobs": 1}
+    ask = {"model": "initech.served", "temperature": 0, "logprobs": 1}
     answer = client.completions.create(prompt=PROMPTS[0], max_tokens=4, **ask)
     told = answer.choices[0].logprobs
     assert told is not None
@@ -205,10 +213,10 @@ def test_logprobs_of_an_echoed_prompt_are_those_of_the_answer(service: Service) 
 
 
 def test_a_stop_text_cuts_the_answer(service: Service) -> None:
-    text = service.expected("acme.served:1", PROMPTS[1])
+    text = service.expected("initech.served:1", PROMPTS[1])
     stop = text[2:5]
     answer = service.client().completions.create(
-        model="acme.served", prompt=PROMPTS[1], max_tokens=TOKENS, temperature=0, stop=[stop]
+        model="initech.served", prompt=PROMPTS[1], max_tokens=TOKENS, temperature=0, stop=[stop]
     )
     assert answer.choices[0].text == text[: text.index(stop)]
     assert answer.choices[0].finish_reason == "stop"
@@ -223,7 +231,7 @@ def test_an_answer_follows_its_json_schema(service: Service) -> None:
     }
     form = {"type": "json_schema", "json_schema": {"name": "order", "schema": schema}}
     answer = service.client().chat.completions.create(
-        model="acme.served",
+        model="initech.served",
         messages=[{"role": "user", "content": "Order 4973 is late"}],
         response_format=form,  # type: ignore[arg-type]
         max_tokens=200,
@@ -314,7 +322,7 @@ def running(service: Service) -> int:
 
 def test_a_client_that_leaves_ends_its_generation(service: Service) -> None:
     # greedy, this one goes on for ever
-    ask = {"model": "acme.swapped@candidate", "prompt": PROMPTS[4], "n": 8, "max_tokens": 450}
+    ask = {"model": "initech.swapped@candidate", "prompt": PROMPTS[4], "n": 8, "max_tokens": 450}
     ask["temperature"] = 0
     started = time.monotonic()
     with service.client().completions.create(**ask, stream=True) as stream:
@@ -329,17 +337,17 @@ def test_a_client_that_leaves_ends_its_generation(service: Service) -> None:
 
 
 def test_a_promotion_under_load_fails_no_request_and_mixes_no_versions(service: Service) -> None:
-    with Load(service, "acme.swapped") as load:
+    with Load(service, "initech.swapped") as load:
         wait_until(lambda: len(load.answers) > 10)
-        moved = {"model": "acme.swapped", "alias": "champion"}
+        moved = {"model": "initech.swapped", "alias": "champion"}
         assert service.post("promote", {"version": 2}) == {**moved, "version": 2, "before": 1}
-        service.wait_for("acme.swapped", "acme.swapped:2")
+        service.wait_for("initech.swapped", "initech.swapped:2")
         num_before = len(load.answers)
         wait_until(lambda: len(load.answers) > num_before + 10)
         assert service.post("rollback", {}) == {**moved, "version": 1, "before": 2}
-        service.wait_for("acme.swapped", "acme.swapped:1")
+        service.wait_for("initech.swapped", "initech.swapped:1")
     assert load.broken == []
-    load.check("acme.swapped:1", "acme.swapped:2")
+    load.check("initech.swapped:1", "initech.swapped:2")
     assert len({fingerprint for _, fingerprint, _ in load.answers}) == 2
 
 
@@ -347,24 +355,24 @@ def test_a_version_that_fails_its_check_takes_no_traffic(service: Service) -> No
     # the server refuses a local path as a source that isn't its run's; its database doesn't
     uri = f"sqlite:///{service.node.home / 'mlflow.db'}"
     registry = MlflowClient(uri, uri)
-    good = registry.get_model_version("acme.swapped", "1")
+    good = registry.get_model_version("initech.swapped", "1")
     lie = {**good.tags, "fingerprint": "0" * 64}
     bad = str(
         registry.create_model_version(
-            "acme.swapped", good.source, run_id=good.run_id, tags=lie
+            "initech.swapped", good.source, run_id=good.run_id, tags=lie
         ).version
     )
-    promoted = service.s2ft("promote", "acme.swapped", bad)
-    assert promoted == f"acme.swapped@champion is version {bad}, was 1\n"
+    promoted = service.s2ft("promote", "initech.swapped", bad)
+    assert promoted == f"initech.swapped@champion is version {bad}, was 1\n"
     reason = "s2ft.rejected"
-    wait_until(lambda: reason in registry.get_model_version("acme.swapped", bad).tags)
-    assert "fingerprint" in registry.get_model_version("acme.swapped", bad).tags[reason]
-    wanted = service.adapters["acme.swapped:1"].fingerprint
-    assert service.ask("acme.swapped", "x").system_fingerprint == wanted
+    wait_until(lambda: reason in registry.get_model_version("initech.swapped", bad).tags)
+    assert "fingerprint" in registry.get_model_version("initech.swapped", bad).tags[reason]
+    wanted = service.adapters["initech.swapped:1"].fingerprint
+    assert service.ask("initech.swapped", "x").system_fingerprint == wanted
     with pytest.raises(openai.NotFoundError, match="fingerprint"):
-        service.ask(f"acme.swapped:{bad}", "x")
+        service.ask(f"initech.swapped:{bad}", "x")
     service.post("rollback", {})
-    assert service.ask("acme.swapped", "x").system_fingerprint == wanted
+    assert service.ask("initech.swapped", "x").system_fingerprint == wanted
 
 
 def replica_pids(service: Service) -> list[int]:
@@ -379,21 +387,21 @@ def replica_pids(service: Service) -> list[int]:
 
 
 def test_a_killed_replica_costs_no_answer_that_had_not_begun(service: Service) -> None:
-    with Load(service, "acme.served") as load:
+    with Load(service, "initech.served") as load:
         wait_until(lambda: len(load.answers) > 10)
         (pid,) = replica_pids(service)
         psutil.Process(pid).kill()
         num_before = len(load.answers)
         wait_until(lambda: len(load.answers) > num_before + 10, timeout_s=240)
-    load.check("acme.served:1")
+    load.check("initech.served:1")
     for prompt, text, error in load.broken:
         assert "died in the middle" in error
         assert text
-        assert service.expected("acme.served:1", prompt).startswith(text)
+        assert service.expected("initech.served:1", prompt).startswith(text)
 
 
 def test_nothing_that_the_description_allows_makes_it_fail(service: Service) -> None:
-    headers = {"Authorization": f"Bearer {service.keys['acme']}"}
+    headers = {"Authorization": f"Bearer {service.keys['initech']}"}
     schema = schemathesis.openapi.from_url(f"{service.url}/openapi.json")
     statuses: set[int] = set()
     for operation in schema.get_all_operations():
@@ -434,7 +442,7 @@ def test_the_operator_sees_metrics_and_adapters(service: Service) -> None:
     wait_until(lambda: "ray_s2ft_completion_tokens_total{" in metrics())
     lines = metrics().splitlines()
     counted = [line for line in lines if line.startswith("ray_s2ft_requests_total{")]
-    assert any('model="acme.swapped"' in line and 'tenant="acme"' in line for line in counted)
+    assert any('model="initech.swapped"' in line and 'tenant="initech"' in line for line in counted)
     assert not any(key in line for line in lines for key in service.keys.values())
 
     command = [str(BIN / "s2ft"), "adapters", "list", "--json", "--url", service.url]
@@ -446,5 +454,5 @@ def test_the_operator_sees_metrics_and_adapters(service: Service) -> None:
         check=True,
     )
     served = {adapter["name"]: adapter for adapter in json.loads(shown.stdout)}
-    assert served["acme.served"]["tier"] == "device"
-    assert served["acme.served"]["bytes"] > 0
+    assert served["initech.served"]["tier"] == "device"
+    assert served["initech.served"]["bytes"] > 0
