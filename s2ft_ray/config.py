@@ -17,7 +17,9 @@ from pydantic import (
     BaseModel,
     BeforeValidator,
     ConfigDict,
+    Discriminator,
     Field,
+    Tag,
     ValidationError,
     model_validator,
 )
@@ -107,6 +109,11 @@ class WeightedFile(Section):
     """Passes over the file in one epoch: 2 sees each row twice, 0.5 half of them in turn."""
 
 
+def _is_list(value: Any) -> str:
+    """Choose one side of "a value or a list of them", so that a fault is told once."""
+    return "several" if isinstance(value, list | tuple) else "one"
+
+
 def _name_paths(value: Any) -> Any:
     if not isinstance(value, list):
         return value
@@ -117,7 +124,10 @@ class DataConfig(Section):
     """The training data and how a row becomes tokens and targets."""
 
     train: Annotated[
-        str | Annotated[list[WeightedFile], Field(min_length=1)], BeforeValidator(_name_paths)
+        Annotated[str, Tag("one")]
+        | Annotated[list[WeightedFile], Field(min_length=1), Tag("several")],
+        Discriminator(_is_list),
+        BeforeValidator(_name_paths),
     ]
     """A file of chat, prompt/completion, instruction or text rows, or several with weights: JSONL,
     JSON or Parquet, a path or URL; or a data set of the Hugging Face library (``name:split``)."""
@@ -202,7 +212,10 @@ class OptimConfig(Section):
 class ParallelConfig(Section):
     """The workers and what each holds."""
 
-    num_workers: Annotated[int, Field(ge=1)] | tuple[int, int] = 1
+    num_workers: Annotated[
+        Annotated[int, Field(ge=1), Tag("one")] | Annotated[tuple[int, int], Tag("several")],
+        Discriminator(_is_list),
+    ] = 1
     """How many, or [fewest, most]: the queue decides, and alone a run takes the most that fit."""
     resources_per_worker: dict[str, Annotated[float, Field(gt=0)]] = {"CPU": 1}
     use_gpu: bool = False
@@ -409,13 +422,13 @@ def _apply_override(document: dict[str, Any], override: str) -> None:
 
 
 def _describe(fault: ErrorDetails, root: type[BaseModel]) -> str:
-    kinds = ("int", "str", "[key]")  # of a union or a mapping: not in the document
+    kinds = ("int", "str", "[key]", "one", "several")  # of a union or a mapping
     location = [
         str(part)
         for part in fault["loc"]
         if part not in kinds and not str(part).startswith(("constrained-list", "list["))
     ]
-    key = ".".join(location)
+    key, value = ".".join(location), fault["input"]
     if fault["type"] == "extra_forbidden":
         known = _known_keys(root, location[:-1])
         nearest = difflib.get_close_matches(location[-1], known, n=1)
@@ -423,10 +436,13 @@ def _describe(fault: ErrorDetails, root: type[BaseModel]) -> str:
         return f"{key}: unknown key; {hint}"
     if fault["type"] == "missing":
         return f"{key}: is required"
+    if fault["type"] == "model_type":
+        known = _known_keys(root, location)
+        given = "nothing" if value is None else repr(value)
+        return f"{key}: holds {given}, not keys; known here: {', '.join(known)}"
     message = fault["msg"].removeprefix("Value error, ")
     if not key:
         return message
-    value = fault["input"]
     shown = "" if isinstance(value, dict | BaseModel) else f" (got {value!r})"
     return f"{key}: {message[0].lower()}{message[1:]}{shown}"
 
@@ -434,7 +450,10 @@ def _describe(fault: ErrorDetails, root: type[BaseModel]) -> str:
 def _known_keys(root: type[BaseModel], location: list[str]) -> list[str]:
     section = root
     for part in location:
+        if part.isdecimal():  # an entry of data.train
+            section = WeightedFile
+            continue
         annotation = section.model_fields[part].annotation
-        assert isinstance(annotation, type)
-        section = annotation
+        if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+            section = annotation
     return list(section.model_fields)

@@ -52,6 +52,15 @@ def test_overrides_apply_in_order_and_reach_new_sections(tmp_path: Path) -> None
         ({"tenant": "Acme Inc"}, "tenant: string should match pattern"),
         ({"data": {}}, "data.train: is required"),
         (
+            {"data": {"train": [{"path": "a", "wieght": 2}]}},
+            "data.train.0.wieght: unknown key; did you mean weight?",
+        ),
+        ({"data": {"train": []}}, "data.train: list should have at least 1 item"),
+        ({"data": {"train": [3]}}, "data.train.0: holds 3, not keys; known here: path, weight"),
+        ({"optim": None}, "optim: holds nothing, not keys; known here: lr, betas"),
+        ({"parallel": {"num_workers": [1, "x"]}}, "parallel.num_workers.1: input should be"),
+        ({"parallel": {"num_workers": "many"}}, "parallel.num_workers: input should be"),
+        (
             {
                 "data": {"train": "a", "packing": True},
                 "model": {"attn_implementation": "flash_attention_2"},
@@ -72,8 +81,8 @@ def test_overrides_apply_in_order_and_reach_new_sections(tmp_path: Path) -> None
     ],
 )
 def test_a_fault_names_the_key_the_value_and_the_way_out(change: dict, expected: str) -> None:
-    faults = faults_of({**MINIMAL, **change})
-    assert any(fault.startswith(f"run.yaml: {expected}") for fault in faults), faults
+    (fault,) = faults_of({**MINIMAL, **change})
+    assert fault.startswith(f"run.yaml: {expected}")
 
 
 def test_every_fault_is_told_at_once() -> None:
