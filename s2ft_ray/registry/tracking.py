@@ -95,13 +95,14 @@ class TrackedRun:
         counted = report.to_dict()
         for key in ("sources", "dropped_rows", "notes"):
             del counted[key]
-        for source, context in zip(report.sources, ("training", "evaluation"), strict=False):
+        contexts = [*["training"] * len(self._config.data.train_files), "evaluation"]
+        for index, (source, context) in enumerate(zip(report.sources, contexts, strict=False)):
             profile = {"sha256": source.sha256, "num_rows": source.num_rows}
             payload = {
                 "name": Path(source.path).name,
                 "digest": source.sha256,
                 "source": json.dumps({"uri": source.path}),
-                "profile": json.dumps(profile | (counted if context == "training" else {})),
+                "profile": json.dumps(profile | (counted if index == 0 else {})),
                 "context": context,
             }
             self._journal.owe(Entry("dataset", payload))

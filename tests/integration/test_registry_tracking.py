@@ -24,7 +24,7 @@ from registry_parts import (
 )
 
 from s2ft_ray.bases import load_base_model
-from s2ft_ray.config import ModelConfig, RunConfig
+from s2ft_ray.config import DataConfig, ModelConfig, RunConfig, WeightedFile
 from s2ft_ray.data import DataReport
 from s2ft_ray.data.prepared import Source
 from s2ft_ray.errors import ConfigError, JobError
@@ -110,7 +110,11 @@ def test_data_and_deltas_are_recorded(home: Path, run_folder: Path) -> None:
     digest = hashlib.sha256(b"rows").hexdigest()
     report = DataReport(
         format="chat",
-        sources=[Source("/data/train.jsonl", digest, 90), Source("/data/held.jsonl", "f" * 64, 10)],
+        sources=[
+            Source("/data/train.jsonl", digest, 60),
+            Source("/data/more.jsonl", "a" * 64, 30),
+            Source("/data/held.jsonl", "f" * 64, 10),
+        ],
         digest="e" * 64,
         rows=90,
         eval_rows=10,
@@ -125,20 +129,26 @@ def test_data_and_deltas_are_recorded(home: Path, run_folder: Path) -> None:
         notes=[],
     )
     write_points(run_folder, range(1, 4))
+    files = [WeightedFile(path=name) for name in ("/data/train.jsonl", "/data/more.jsonl")]
+    run_of_two = config(home).model_copy(update={"data": DataConfig(train=files)})
     for _ in range(2):  # the second as a resumed job that finds everything done
-        with TrackedRun.start(config(home), run_folder=run_folder) as tracked:
+        with TrackedRun.start(run_of_two, run_folder=run_folder) as tracked:
             tracked.record_data(report)
             tracked.record_adapter(adapter, parent)
 
     client = MlflowClient(f"sqlite:///{home / 'mlflow.db'}")
     run = client.get_run(tracked.run_id)
-    assert len(run.inputs.dataset_inputs) == 2
-    inputs = {item.tags[0].value: item.dataset for item in run.inputs.dataset_inputs}
-    assert inputs["training"].name == "train.jsonl"
-    assert digest.startswith(inputs["training"].digest)
-    assert digest in inputs["training"].profile
-    assert '"dropped": 2' in inputs["training"].profile
-    assert inputs["evaluation"].digest == "f" * 36
+    inputs = {item.dataset.name: item for item in run.inputs.dataset_inputs}
+    assert {name: item.tags[0].value for name, item in inputs.items()} == {
+        "train.jsonl": "training",
+        "more.jsonl": "training",
+        "held.jsonl": "evaluation",
+    }
+    first = inputs["train.jsonl"].dataset
+    assert digest.startswith(first.digest)
+    assert digest in first.profile
+    assert '"dropped": 2' in first.profile  # counted over all files
+    assert inputs["held.jsonl"].dataset.digest == "f" * 36
     for module, part in adapter.slices.items():
         norm = run.data.metrics[f"delta/{module}/norm"]
         assert norm == pytest.approx(float(part.delta.norm()))
