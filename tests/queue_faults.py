@@ -1,0 +1,197 @@
+"""What is done to a node in ``queue_soak.py``: kills, a cut, a freeze, a full disk.
+
+Each fault is a method that does it, waits it out and says in a few words what was done.
+"""
+
+import contextlib
+import os
+import random
+import signal
+import sqlite3
+import subprocess
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import psutil
+from nodes import BIN, Node
+from postgresql_way import Way
+
+PATIENCE_S = 120.0
+"""How long a fault waits for somebody to kill."""
+
+
+class SecondNode:
+    """A second raylet on this machine, as `ray start --address` makes it."""
+
+    def __init__(self, node: Node, num_cpus: int) -> None:
+        self._node, self._num_cpus = node, num_cpus
+        self._process: subprocess.Popen[bytes] | None = None
+
+    def start(self) -> None:
+        """Join the cluster."""
+        env = self._node.env
+        command = [str(BIN / "ray"), "start", f"--address={env['RAY_ADDRESS']}", "--block"]
+        command += ["--node-ip-address=127.0.0.1", f"--num-cpus={self._num_cpus}"]
+        command += ["--object-store-memory=80000000"]
+        log = (self._node.home / "second-node.log").open("ab")
+        self._process = subprocess.Popen(command, env=env, stdout=log, stderr=log)
+
+    def family(self) -> list[psutil.Process]:
+        """Return the node's processes, without the command that started it."""
+        if self._process is None or self._process.poll() is not None:
+            return []
+        return psutil.Process(self._process.pid).children(recursive=True)
+
+    def end(self) -> None:
+        """End what is left of it."""
+        if self._process is not None:
+            for member in self.family():
+                _kill(member)
+            self._process.kill()
+            self._process.wait()
+
+
+class Faults:
+    """The faults of one node; `job_ids` are the jobs of the round."""
+
+    def __init__(
+        self, node: Node, rng: random.Random, second: SecondNode | None, way: Way | None
+    ) -> None:
+        self._node, self._rng, self._second, self._way = node, rng, second, way
+        self.job_ids: list[str] = []
+
+    def do(self, name: str) -> str:
+        """Do one by its name."""
+        faults: dict[str, Callable[[], str]] = {
+            "scheduler": self._kill_scheduler,
+            "driver": self._kill_driver,
+            "worker": self._kill_worker,
+            "raylet": self._kill_raylet,
+            "database": self._cut_database,
+            "mlflow": self._freeze_mlflow,
+            "disk": self._fill_disk,
+            "head": self._restart_head,
+        }
+        return faults[name]()
+
+    def _kill_scheduler(self) -> str:
+        pid = int((self._node.home / "scheduler.alive").read_text())
+        try:
+            os.kill(pid, signal.SIGKILL)
+        except ProcessLookupError:
+            return "was being started"
+        return f"killed {pid}"
+
+    def _kill_driver(self) -> str:
+        # Not its shell, which is Ray's: without that the driver lives on.
+        return self._kill_one(
+            lambda line: (
+                "python -m s2ft_ray.finetune" in line
+                and not line.startswith(("/bin/sh", "sh ", "bash", "/bin/bash"))
+                and any(job_id in line for job_id in self.job_ids)
+            )
+        )
+
+    def _kill_worker(self) -> str:
+        return self._kill_one(lambda line: "RayTrainWorker" in line)
+
+    def _kill_one(self, wanted: Callable[[str], bool]) -> str:
+        deadline = time.monotonic() + PATIENCE_S
+        while time.monotonic() < deadline:
+            if found := [it for it in self._family() if wanted(" ".join(_cmdline(it)))]:
+                victim = self._rng.choice(found)
+                _kill(victim)
+                return f"killed {victim.pid}"
+            time.sleep(0.5)
+        return "none was there"
+
+    def _family(self) -> list[psutil.Process]:
+        pid = self._pid("ray")
+        family = psutil.Process(pid).children(recursive=True) if pid else []
+        return family + (self._second.family() if self._second else [])
+
+    def _pid(self, service: str) -> int | None:
+        found = [it["pid"] for it in self._node.status()["services"] if it["name"] == service]
+        return found[0] if found else None
+
+    def _kill_raylet(self) -> str:
+        assert self._second is not None, "the soak needs a node of its own for a second raylet"
+        raylets = [it for it in self._second.family() if _is_a(it, "raylet")]
+        for raylet in raylets:
+            _kill(raylet)
+        time.sleep(self._rng.uniform(5.0, 20.0))
+        self._second.end()
+        self._second.start()
+        return f"killed {[it.pid for it in raylets]}, and another node came"
+
+    def _cut_database(self) -> str:
+        if self._way is not None:
+            self._way.cut()
+            time.sleep(30.0)
+            self._way.mend()
+            return "no connection for 30 s"
+        seconds = self._rng.uniform(5.0, 35.0)
+        connection = sqlite3.connect(self._node.home / "scheduler.db", timeout=30)
+        connection.execute("BEGIN EXCLUSIVE")
+        time.sleep(seconds)
+        connection.rollback()
+        connection.close()
+        return f"locked for {seconds:.0f} s"
+
+    def _freeze_mlflow(self) -> str:
+        pid = self._pid("mlflow")
+        if pid is None:
+            return "none was there"
+        members = [psutil.Process(pid), *psutil.Process(pid).children(recursive=True)]
+        for process in members:
+            process.suspend()
+        time.sleep(15)
+        for process in members:
+            process.resume()
+        return "stopped for 15 s"
+
+    def _fill_disk(self) -> str:
+        home, ballast = self._node.home, self._node.home / "ballast"
+        assert home.is_mount(), "the soak needs --small-disk to fill it"
+        seconds, block = self._rng.uniform(10.0, 40.0), b"\0" * 2**20
+        try:
+            with ballast.open("wb", buffering=0) as file:
+                while file.write(block) == len(block):
+                    pass
+        except OSError:
+            pass  # it is full
+        free = os.statvfs(home).f_bavail
+        time.sleep(seconds)
+        ballast.unlink()
+        return f"{free} blocks free for {seconds:.0f} s"
+
+    def _restart_head(self) -> str:
+        pid = self._pid("ray")
+        if pid is None:
+            return "none was there"
+        head = [it for it in psutil.Process(pid).children() if _is_a(it, "gcs_server", "raylet")]
+        for process in [*head, psutil.Process(pid)]:
+            _kill(process)
+        if self._second:
+            self._second.end()
+        done = self._node.s2ft("up")
+        if self._second:
+            self._second.start()
+        return f"killed {len(head) + 1} processes; s2ft up: {done.returncode} {done.stderr[-300:]}"
+
+
+def _cmdline(process: psutil.Process) -> list[str]:
+    try:
+        return list(process.cmdline())
+    except psutil.Error:
+        return []
+
+
+def _is_a(process: psutil.Process, *names: str) -> bool:
+    return Path((_cmdline(process) or [""])[0]).name in names
+
+
+def _kill(process: psutil.Process) -> None:
+    with contextlib.suppress(psutil.NoSuchProcess):
+        process.kill()
