@@ -138,6 +138,9 @@ class DataConfig(Section):
     """In tokens; longer rows are cut at the end, and counted."""
     packing: bool = False
     """Put several rows into one sequence, without attention across them."""
+    shuffle_buffer: int | None = Field(default=None, ge=2)
+    """None: each epoch is a permutation of all rows. A number: rows come as they lie in the file,
+    mixed by a buffer of so many, for a file larger than memory on a disk slow at random places."""
     train_on: Literal["completion", "assistant", "all"] = "completion"
     """Which tokens are targets: the last completion, every assistant turn, or everything."""
     chat_template: str | None = None
@@ -150,6 +153,15 @@ class DataConfig(Section):
 
     weight_key: str | None = None
     """A key of each row that holds a number above 0: how much the row's loss counts."""
+
+    @model_validator(mode="after")
+    def _check_order(self) -> Self:
+        if self.packing and self.shuffle_buffer:
+            raise ValueError(
+                "shuffle_buffer with packing: a packed sequence has rows from all over the file;"
+                " leave one of them out"
+            )
+        return self
 
     @property
     def train_files(self) -> list[WeightedFile]:
@@ -253,11 +265,23 @@ class EvaluationConfig(Section):
     """End the run after so many evaluations in a row without a lower loss; None: never."""
 
 
+def _as_folder(storage: Any) -> Any:
+    if not isinstance(storage, str) or "://" not in storage:
+        return storage
+    scheme, _, path = storage.partition("://")
+    if scheme == "file" and path.startswith("/"):
+        return path
+    raise ValueError(
+        "runs live in a folder that every node mounts; mount what the URL names (JuiceFS, NFS,"
+        " FSx, Filestore) and name the folder, or file:///..."
+    )
+
+
 class CheckpointConfig(Section):
     """Where and how often the run's state is saved."""
 
-    storage_path: str | None = None
-    """Folder of the runs, reached by every worker; None: ``$S2FT_HOME/runs``."""
+    storage_path: Annotated[str | None, BeforeValidator(_as_folder)] = None
+    """Folder of the runs, or its file:// URL, mounted by every node; None: ``$S2FT_HOME/runs``."""
     every_steps: int = Field(default=50, ge=1)
     keep: int = Field(default=2, ge=1)
     """How many of the newest checkpoints stay."""

@@ -1,17 +1,13 @@
 """The order in which rows are trained on, shared out over workers, and a position in it.
 
-The stream is endless: epoch after epoch, each a permutation of all rows by (seed, epoch), laid
-end to end. A step takes the next ``global_batch_size`` rows, rank r the r-th contiguous part of
-them, in micro-batches. Where the workers don't divide the micro-batches of a step, the first
-ranks have one more, and the others an empty one: all make the same number of passes.
-
-Rows may come in groups (one for each file) with a weight, the passes over the group in an epoch.
-A group's rows are drawn in turn, from one permutation of them after another, so that a part of a
-pass sees other rows in the next epoch.
+The stream is endless (see ``order``): epoch after epoch, laid end to end. A step takes the next
+``global_batch_size`` rows, rank r the r-th contiguous part of them, in micro-batches. Where the
+workers don't divide the micro-batches of a step, the first ranks have one more, and the others an
+empty one: all make the same number of passes.
 
 Invariant: which rows a step has does not depend on the world size, none is lost or repeated
-within an epoch, and the position (in rows) alone says what comes next. Under packing a "row" of
-the stream is a packed sequence.
+within an epoch, and the state says what comes next, whatever the number of workers then. Under
+packing a "row" of the stream is a packed sequence.
 """
 
 import itertools
@@ -29,14 +25,10 @@ from torch import Tensor
 
 from s2ft_ray.config import OptimConfig
 from s2ft_ray.data.batches import MicroBatch, Sample, build_micro_batch
+from s2ft_ray.data.order import Group, Order, Permutation, ShuffleBuffer, num_drawn
 from s2ft_ray.data.packing import pack_rows
 from s2ft_ray.data.token_counts import count_tokens
 from s2ft_ray.errors import CheckpointError
-
-Group = tuple[int, float]
-"""How many rows, one after the other, and their weight."""
-GROUP_STREAM = 3
-"""Keeps this draw apart from those of the epochs, which are seeded by 2-tuples."""
 
 MIN_CALIBRATION_ROWS = 32
 
@@ -71,16 +63,11 @@ def num_sequences(
     """Return the rows (packed sequences) of one epoch of a ``TrainLoader`` with these arguments."""
     groups = groups or [(len(dataset), 1.0)]
     if packing is None:
-        return sum(_drawn(*group) for group in groups)
+        return sum(map(num_drawn, groups))
     packed = _pack_groups(count_tokens(dataset)[0], packing, seed, groups)
     return sum(
-        _drawn(len(group), weight) for group, (_, weight) in zip(packed, groups, strict=True)
+        num_drawn((len(group), weight)) for group, (_, weight) in zip(packed, groups, strict=True)
     )
-
-
-def _drawn(count: int, weight: float) -> int:
-    """Rows of a group in one epoch."""
-    return max(1, round(count * weight))
 
 
 def _pack_groups(
@@ -99,7 +86,8 @@ class TrainLoader:
     """The training stream as one rank sees it; see the module's docstring.
 
     `dataset` has the columns input_ids, target_mask and line. `packing` is the longest packed
-    sequence in tokens; None: one row is one sequence.
+    sequence in tokens; None: one row is one sequence. `shuffle_buffer` mixes the rows by a buffer
+    of so many instead of a permutation of all.
     """
 
     def __init__(
@@ -114,6 +102,7 @@ class TrainLoader:
         pad_id: int,
         packing: int | None = None,
         groups: Sequence[Group] | None = None,
+        shuffle_buffer: int | None = None,
     ) -> None:
         if global_batch_size % micro_batch_size:
             raise ValueError(
@@ -130,32 +119,36 @@ class TrainLoader:
         lengths, self._targets = count_tokens(dataset)
         self._is_paired = is_paired(dataset)
         self._weights = read_weights(dataset)
-        self._groups = list(groups or [(len(dataset), 1.0)])
-        self._file_ends = np.cumsum([count for count, _ in self._groups])
+        groups = list(groups or [(len(dataset), 1.0)])
+        self._file_ends = np.cumsum([count for count, _ in groups])
         self._sequences: list[list[int]] | None = None
         if packing is not None:
-            packed = _pack_groups(lengths, packing, seed, self._groups)
+            packed = _pack_groups(lengths, packing, seed, groups)
             self._sequences = [sequence for group in packed for sequence in group]
-            weights = [weight for _, weight in self._groups]
-            self._groups = [(len(g), weight) for g, weight in zip(packed, weights, strict=True)]
-        self._position = 0
-        self._epoch = -1
-        self._order = np.empty(0, dtype=np.int64)
+            weights = [weight for _, weight in groups]
+            groups = [(len(g), weight) for g, weight in zip(packed, weights, strict=True)]
+        self._num_taken = 0
+        self._order: Order = (
+            Permutation(seed, groups)
+            if shuffle_buffer is None
+            else ShuffleBuffer(seed, groups, shuffle_buffer)
+        )
 
     @property
     def num_rows(self) -> int:
         """Rows (packed sequences) in one epoch: what ``num_steps`` wants."""
-        return sum(_drawn(*group) for group in self._groups)
+        return self._order.num_rows
 
     def next_step(self) -> Step:
         """Return this rank's part of the next step and move on."""
-        stop = self._position + self._global_batch_size
-        step = [self._sequence_at(position) for position in range(self._position, stop)]
-        self._position = stop
+        drawn = self._order.take(self._global_batch_size)
+        step = [[row] if self._sequences is None else self._sequences[row] for row in drawn]
+        begin = self._num_taken
+        self._num_taken += self._global_batch_size
         first, last = self._share()
         mine = _read(self._dataset, step[first:last])
         size = self._micro_batch_size
-        place = (self._position - self._global_batch_size + first) // size
+        place = (begin + first) // size
         micro_batches: list[MicroBatch | None] = [
             build_micro_batch(_rows(mine[start : start + size]), self._pad_id, place + number)
             for number, start in enumerate(range(0, len(mine), size))
@@ -179,11 +172,11 @@ class TrainLoader:
         )
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the position in rows, and what it is a position in."""
-        return {"position": self._position, "num_rows": self.num_rows, "seed": self._seed}
+        """Return the place in the stream, and what it is a place in."""
+        return {**self._order.state_dict(), "num_rows": self.num_rows, "seed": self._seed}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go to a saved position; the batch and world sizes may have changed, the data not."""
+        """Go to a saved place; the batch and world sizes may have changed, the data not."""
         mine = self.state_dict()
         for key in ("num_rows", "seed"):
             if state[key] != mine[key]:
@@ -191,7 +184,8 @@ class TrainLoader:
                     f"the checkpoint's data stream has {key} {state[key]}, this run's {mine[key]};"
                     " resume with the data and the seed of the run"
                 )
-        self._position = int(state["position"])
+        self._order.load_state_dict(state)
+        self._num_taken = int(state["position"])
 
     def _share(self) -> tuple[int, int]:
         """Return this rank's range of a step's rows: whole micro-batches."""
@@ -199,30 +193,6 @@ class TrainLoader:
         first = self._rank * each + min(self._rank, more)
         last = first + each + (self._rank < more)
         return first * self._micro_batch_size, last * self._micro_batch_size
-
-    def _sequence_at(self, position: int) -> list[int]:
-        epoch, index = divmod(position, self.num_rows)
-        if epoch != self._epoch:
-            self._order, self._epoch = self._draw(epoch), epoch
-        row = int(self._order[index])
-        return [row] if self._sequences is None else self._sequences[row]
-
-    def _draw(self, epoch: int) -> npt.NDArray[np.int64]:
-        """Return the rows (packed sequences) of an epoch in their order."""
-        order = np.random.default_rng((self._seed, epoch)).permutation(self.num_rows)
-        if all(weight == 1.0 for _, weight in self._groups):
-            return order
-        rows: list[npt.NDArray[np.int64]] = []
-        start = 0
-        for number, (count, weight) in enumerate(self._groups):
-            drawn = _drawn(count, weight)
-            places = np.arange(epoch * drawn, (epoch + 1) * drawn)
-            for turn in range(int(places[0]) // count, int(places[-1]) // count + 1):
-                seeds = (self._seed, turn, GROUP_STREAM, number)
-                turned = np.random.default_rng(seeds).permutation(count)
-                rows.append(start + turned[places[places // count == turn] % count])
-            start += count
-        return np.concatenate(rows)[order]
 
 
 def eval_batches(

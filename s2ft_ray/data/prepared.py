@@ -21,8 +21,8 @@ from transformers import PreTrainedTokenizerBase
 from s2ft_ray.config import DataConfig
 from s2ft_ray.data.encoding import Encoder
 from s2ft_ray.data.formats import bos_ids
-from s2ft_ray.data.loader import Group
 from s2ft_ray.data.location import open_source
+from s2ft_ray.data.order import Group
 from s2ft_ray.data.token_counts import count_tokens
 from s2ft_ray.data.validation import Faults, ValidatedFile, validate_file
 from s2ft_ray.errors import DataError

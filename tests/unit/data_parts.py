@@ -5,6 +5,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+from datasets import Dataset
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
@@ -110,3 +111,19 @@ def write_rows(path: Path, rows: list[Any]) -> str:
 def data_config(path: str, **changes: Any) -> DataConfig:
     """Return the config of a file, its defaults apart from `changes`."""
     return DataConfig(train=path, **changes)
+
+
+def dataset_of(num_rows: int) -> Dataset:
+    """Rows of 2 to 6 tokens, each a row of its own first token, one to three of them targets."""
+    lengths = [2 + i % 5 for i in range(num_rows)]
+    return Dataset.from_dict(
+        {
+            "input_ids": [[100 + i] * length for i, length in enumerate(lengths)],
+            "target_mask": [
+                [False] * (length - n) + [True] * n
+                for i, length in enumerate(lengths)
+                for n in [1 + i % min(3, length - 1)]
+            ],
+            "line": list(range(1, num_rows + 1)),
+        }
+    )

@@ -25,6 +25,11 @@ def test_a_resolved_run_reads_back_as_itself(tmp_path: Path) -> None:
     assert config.optim.epochs is None
 
 
+def test_a_file_url_names_a_folder() -> None:
+    config = parse_config({**MINIMAL, "checkpoint": {"storage_path": "file:///mnt/runs"}})
+    assert config.checkpoint.storage_path == "/mnt/runs"
+
+
 def test_overrides_apply_in_order_and_reach_new_sections(tmp_path: Path) -> None:
     path = tmp_path / "run.yaml"
     path.write_text("tenant: acme\nname: bot\ndata: {train: a.jsonl}\n")
@@ -41,6 +46,10 @@ def test_overrides_apply_in_order_and_reach_new_sections(tmp_path: Path) -> None
     [
         ({"modl": {}}, "modl: unknown key; did you mean model?"),
         ({"optim": {"learning": 1}}, "optim.learning: unknown key; known here: lr, betas"),
+        (
+            {"checkpoint": {"storage_path": "s3://acme/runs"}},
+            "checkpoint.storage_path: runs live in a folder that every node mounts",
+        ),
         ({"optim": {"lr": -1}}, "optim.lr: input should be greater than 0 (got -1)"),
         ({"optim": {"lr": float("inf")}}, "optim.lr: input should be a finite number"),
         ({"optim": {"epochs": 1, "max_steps": 2}}, "optim: epochs and max_steps are both set"),

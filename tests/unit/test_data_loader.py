@@ -4,6 +4,7 @@ from collections import Counter
 
 import pytest
 import torch
+from data_parts import dataset_of
 from datasets import Dataset
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -11,22 +12,6 @@ from hypothesis import strategies as st
 from s2ft_ray.config import OptimConfig
 from s2ft_ray.data import IGNORE_INDEX, TrainLoader, eval_batches, num_sequences, num_steps
 from s2ft_ray.errors import CheckpointError
-
-
-def dataset_of(num_rows: int) -> Dataset:
-    """Rows of 2 to 6 tokens, each a row of its own first token, one to three of them targets."""
-    lengths = [2 + i % 5 for i in range(num_rows)]
-    return Dataset.from_dict(
-        {
-            "input_ids": [[100 + i] * length for i, length in enumerate(lengths)],
-            "target_mask": [
-                [False] * (length - n) + [True] * n
-                for i, length in enumerate(lengths)
-                for n in [1 + i % min(3, length - 1)]
-            ],
-            "line": list(range(1, num_rows + 1)),
-        }
-    )
 
 
 def loader_of(
