@@ -67,6 +67,9 @@ def _build_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--set", action="append", default=[], metavar="KEY=VALUE", help="override, as optim.lr=1e-3"
     )
+    parser.add_argument(
+        "--profile", action="store_true", help="leave a torch trace of three steps of each worker"
+    )
     parser.add_argument("--dry-run", action="store_true", help="check everything, start nothing")
     parser.add_argument(
         "--idempotency-key",
@@ -82,15 +85,16 @@ def _build_parser() -> argparse.ArgumentParser:
 
 
 def _run(args: argparse.Namespace) -> int:
-    if args.set and not args.config:
-        raise ConfigError("--set changes what --config names; leave it out")
+    overrides = [*args.set, *["tracking.profile=true"] * args.profile]
+    if overrides and not args.config:
+        raise ConfigError("--set and --profile change what --config names; leave them out")
     if args.job:
         return _drive(args.job, args.attempt)
     if args.follow:
         return _follow(args.follow)
     if args.resume:
         return _resume(find_run_folder(args.resume))
-    config = load_config(args.config, args.set)
+    config = load_config(args.config, overrides)
     if args.dry_run:
         print(_plan(config).describe(), flush=True)
         return 0
@@ -279,6 +283,8 @@ def finish_run(
         if not run.adapter.exists():
             with ProgressPrinter(run.metrics):
                 train_with_ray(run, parallel or config.parallel)
+            if config.tracking.profile:
+                print(f"trace       {run.profile}, for Perfetto or chrome://tracing", flush=True)
         if attempt is not None:
             attempt.check()
         adapter = Adapter.load(run.adapter)

@@ -5,6 +5,9 @@
         checkpoint.json       step, loader's position, world size, the best evaluation so far,
                               and the digest of each file
 
+A checkpoint holds training up while the state is copied; a thread of each worker writes the copy,
+with a process group of its own, while the next steps are made.
+
 Invariant: a folder named ``step-*`` is complete and was read back equal on every worker; it is
 written under another name and renamed. ``.metadata`` is a pickle: load from your own storage only.
 """
@@ -14,16 +17,20 @@ import json
 import logging
 import os
 import shutil
+import threading
 from collections.abc import Callable
+from concurrent.futures import Future
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from types import TracebackType
+from typing import Any, Self
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.checkpoint import state_dict_loader, state_dict_saver
 from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 from torch.distributed.tensor import DTensor
 
 from s2ft_ray.data import TrainLoader
@@ -49,7 +56,10 @@ class TrainState:
 
 
 class Checkpointer:
-    """Saves and restores a TrainState under one folder, with all workers together."""
+    """Saves and restores a TrainState under one folder, with all workers together.
+
+    Leaving it as a context ends what is being written, also where training ends by an error.
+    """
 
     def __init__(
         self, folder: Path, *, keep: int, workers: Workers, keep_best: bool = False
@@ -59,21 +69,78 @@ class Checkpointer:
         self.keep_best = keep_best
         self._keep = keep
         self._workers = workers
+        # On the CPU whatever the workers' device; never used by training, beside which it runs.
+        self._group = dist.new_group(backend="gloo")
+        self._stager = DefaultStager(StagingOptions(False, False, False, False))
+        self._pending: Future[None] | None = None
 
-    def save(self, state: TrainState) -> Path:
-        """Write a checkpoint, read it back, commit it, and drop the oldest beyond `keep`.
+    def __enter__(self) -> Self:
+        return self
 
-        Raises CheckpointError on every worker when any of them can't write or reads back
-        something else; the checkpoints before stay as they were.
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        try:
+            self.settle()
+        except CheckpointError as fault:
+            if kind is None:
+                raise
+            logger.warning("%s", fault)  # beside the error that has ended the training
+        finally:
+            self._stager.close()
+            dist.destroy_process_group(self._group)
+
+    def save(self, state: TrainState) -> None:
+        """Copy `state` and begin to write it; return while it is being written.
+
+        What is written gets read back and committed, and the oldest beyond `keep` is dropped.
+        All workers call this together. Raises CheckpointError on every worker when the checkpoint
+        before could not be written or reads back something else; those before it stay as they
+        were. `settle` raises the same of this one.
         """
-        final = self._folder / f"step-{state.step:08d}"
+        self.settle()
+        tensors = self._stager.stage(_tensors_of(state, self._workers))
+        assert isinstance(tensors, dict)
+        manifest = {
+            "step": state.step,
+            "world_size": self._workers.world_size,
+            "standing": asdict(state.standing),
+            "loader": state.loader.state_dict(),
+        }
+        pending: Future[None] = Future()
+
+        def write() -> None:
+            try:
+                self._write(tensors, manifest)
+                pending.set_result(None)
+            except BaseException as error:  # noqa: BLE001 - raised where it is waited for
+                pending.set_exception(error)
+
+        # A daemon: a worker that is to end doesn't wait for peers that have gone.
+        threading.Thread(target=write, name="checkpoint", daemon=True).start()
+        self._pending = pending
+
+    def settle(self) -> None:
+        """Wait until what was saved last is on disk. Raises as `save` does."""
+        pending, self._pending = self._pending, None
+        if pending is not None:
+            pending.result()
+
+    def _write(self, tensors: dict[str, Any], manifest: dict[str, Any]) -> None:
+        final = self._folder / f"step-{manifest['step']:08d}"
         partial = self._folder / f".{final.name}.partial"
         self._on_first_worker(lambda: _make_empty(partial))
-        tensors = _tensors_of(state, self._workers)
-        self._together(partial, lambda: state_dict_saver.save(tensors, checkpoint_id=partial))
+        self._together(
+            partial,
+            lambda: state_dict_saver.save(
+                tensors, checkpoint_id=partial, process_group=self._group
+            ),
+        )
         self._read_back(partial, tensors)
-        self._on_first_worker(lambda: self._commit(partial, final, state))
-        return final
+        self._on_first_worker(lambda: self._commit(partial, final, manifest))
 
     def restore(self, state: TrainState) -> int:
         """Load the newest sound checkpoint into `state`; return its step, 0 where there is none.
@@ -90,7 +157,7 @@ class Checkpointer:
         tensors = _tensors_of(state, self._workers)
         if manifest["world_size"] != self._workers.world_size:
             tensors.pop("rng")  # streams of other workers mean nothing to these
-        self._together(folder, lambda: state_dict_loader.load(tensors, checkpoint_id=folder))
+        self._load(folder, tensors)
         state.step = manifest["step"]
         state.standing = Standing(**manifest["standing"])
         state.loader.load_state_dict(manifest["loader"])
@@ -111,7 +178,7 @@ class Checkpointer:
         dist.broadcast_object_list(sound)
         if sound[0]:
             tensors = {"slices": _tensors_of(state, self._workers)["slices"]}
-            self._together(folder, lambda: state_dict_loader.load(tensors, checkpoint_id=folder))
+            self._load(folder, tensors)
         return sound[0]
 
     def newest_step(self) -> int:
@@ -134,31 +201,34 @@ class Checkpointer:
 
     def _read_back(self, partial: Path, tensors: dict[str, Any]) -> None:
         copies = _empty_like(tensors)
-        self._together(partial, lambda: state_dict_loader.load(copies, checkpoint_id=partial))
-        unequal = 0.0 if _equal(tensors, copies) else 1.0
-        if self._workers.sum([unequal])[0]:
+        self._load(partial, copies)
+        unequal = torch.tensor(0 if _equal(tensors, copies) else 1)
+        dist.all_reduce(unequal, group=self._group)
+        if unequal:
             raise CheckpointError(
                 f"{partial}: reads back other values than were written;"
                 f" last good checkpoint: step {self.newest_step()}"
             )
 
-    def _commit(self, partial: Path, final: Path, state: TrainState) -> None:
-        manifest = {
-            "step": state.step,
-            "world_size": self._workers.world_size,
-            "standing": asdict(state.standing),
-            "loader": state.loader.state_dict(),
-            "files": {path.name: _digest(path) for path in sorted(partial.iterdir())},
-        }
+    def _commit(self, partial: Path, final: Path, manifest: dict[str, Any]) -> None:
+        files = {path.name: _digest(path) for path in sorted(partial.iterdir())}
         with (partial / MANIFEST).open("w", encoding="utf-8") as file:
-            json.dump(manifest, file, indent=2)
+            json.dump({**manifest, "files": files}, file, indent=2)
             file.flush()
             os.fsync(file.fileno())
         partial.rename(final)
-        best = f"step-{state.standing.step:08d}" if self.keep_best else None
+        best = f"step-{manifest['standing']['step']:08d}" if self.keep_best else None
         for old in self._committed()[: -self._keep]:
             if old.name != best:
                 shutil.rmtree(old)
+
+    def _load(self, folder: Path, tensors: dict[str, Any]) -> None:
+        self._together(
+            folder,
+            lambda: state_dict_loader.load(
+                tensors, checkpoint_id=folder, process_group=self._group
+            ),
+        )
 
     def _together(self, folder: Path, action: Callable[[], object]) -> None:
         """Run a collective of DCP; its failure is a CheckpointError on every worker."""
@@ -178,7 +248,7 @@ class Checkpointer:
                 action()
             except OSError as error:
                 fault[0] = self._describe(self._folder, error.strerror or str(error))
-        dist.broadcast_object_list(fault)
+        dist.broadcast_object_list(fault, group=self._group)
         if fault[0] is not None:
             raise CheckpointError(fault[0])
 

@@ -7,8 +7,14 @@ checkpoint again.
 
 import json
 import logging
+import resource
+import sys
 import time
 from pathlib import Path
+
+import torch
+
+from s2ft_ray.training.loop import StepResult
 
 logger = logging.getLogger(__name__)
 Value = float | int | str | list[dict[str, str]]
@@ -38,3 +44,34 @@ class MetricsLog:
             logger.warning("%s: %s; %d lines wait", self._path, error, len(self._pending))
         else:
             self._pending.clear()
+
+    def write_step(
+        self,
+        result: StepResult,
+        phases: dict[str, float],
+        utilisation: float,
+        time_left_s: float,
+    ) -> None:
+        """Append what a step did, and the seconds that rank 0 spent in each phase."""
+        self.write(
+            "train",
+            result.step,
+            loss=result.loss,
+            lr=result.lr,
+            grad_norm=result.grad_norm,
+            tokens_per_s=result.num_tokens / result.seconds,
+            step_seconds=result.seconds,
+            num_targets=result.num_targets,
+            model_flop_utilisation=utilisation,
+            memory_mib=_peak_memory_mib(),
+            **{f"{phase}_seconds": seconds for phase, seconds in phases.items()},
+            time_left_s=time_left_s,
+        )
+
+
+def _peak_memory_mib() -> float:
+    """Peak memory of this worker: the GPU's where there is one, else the process's."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() / 2**20
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / (2**20 if sys.platform == "darwin" else 2**10)

@@ -58,7 +58,7 @@ class ProgressPrinter:
         elif line["kind"] == "eval":
             text = describe_evaluation(line, self._total)
         elif line["kind"] == "stop":
-            text = f"stopped after step {line['step']}, as asked; the checkpoint is saved"
+            text = f"stopped after step {line['step']}; the checkpoint is saved"
         else:
             early = f", early, after step {line['step']}" if line["step"] < self._total else ""
             text = f"trained in {line['train_seconds']:.1f} s{early}{describe_speed(line)}"
@@ -72,13 +72,20 @@ def describe_start(line: dict[str, Any]) -> str:
 
 
 def describe_speed(line: dict[str, Any]) -> str:
-    """Say how fast the steps were, and the phases that took at least a hundredth of them."""
+    """Say how fast the steps were, and the phases that took at least a hundredth of them.
+
+    Communication lies within other phases.
+    """
     if "mean_tokens_per_s" not in line:
         return ""
     shares = {k.removesuffix("_share"): v for k, v in line.items() if k.endswith("_share")}
     largest = sorted(shares.items(), key=lambda item: -item[1])
     parts = ", ".join(f"{name} {share:.0%}" for name, share in largest if share >= 0.01)
-    return f": {line['mean_tokens_per_s']:,.0f} tokens/s; {parts}"
+    return (
+        f": {line['mean_tokens_per_s']:,.0f} tokens/s,"
+        f" {line['mean_model_flop_utilisation']:.1%} of a large matmul's FLOP/s; {parts};"
+        f" {line['communication']:.0%} of it in communication"
+    )
 
 
 def describe_step(line: dict[str, Any], total: int) -> str:

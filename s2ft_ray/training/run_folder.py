@@ -21,6 +21,7 @@ Invariant: a file here appears by rename, complete or not at all; only ``metrics
 import json
 import os
 import secrets
+import socket
 import time
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -61,12 +62,24 @@ class RunFolder:
         return self.path / "adapter"
 
     @property
+    def profile(self) -> Path:
+        return self.path / "profile"
+
+    @property
     def metrics(self) -> Path:
         return self.path / "metrics.jsonl"
 
     @property
     def log(self) -> Path:
         return self.path / "driver.log"
+
+    def check_reachable(self) -> None:
+        """Raise ConfigError where this process, maybe on another node, doesn't see the folder."""
+        if not (self.path / "config.yaml").is_file():
+            raise ConfigError(
+                f"checkpoint.storage_path: {self.path} isn't there on node {socket.gethostname()};"
+                " name a folder that every node mounts"
+            )
 
     def load_config(self) -> RunConfig:
         """Read the resolved configuration that the run was created with."""

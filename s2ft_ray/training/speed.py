@@ -1,7 +1,9 @@
 """Where a step's time goes, how much of the device's arithmetic it uses, and a trace of it.
 
 Phases: data (rows to tensors), forward, backward, clip, optimizer, write_back, agree (the sums
-over workers). What FSDP sends is within forward, backward and write_back.
+over workers), checkpoint (what saving holds the loop up). Communication lies across them: what
+FSDP's gathers and reductions take within forward and backward, and agree; on a GPU, where they
+run beside the arithmetic, their own time.
 """
 
 import time
@@ -71,6 +73,46 @@ def measure_peak(device: torch.device, dtype: torch.dtype) -> float:
         clock.lap("matmul")
         best = min(best, clock.seconds()["matmul"])
     return 2.0 * MATMUL_WIDTH**3 / best
+
+
+class RunSpeed:
+    """Adds up what the steps of this start took: this worker's own time."""
+
+    def __init__(self, model: nn.Module, device: torch.device, world_size: int) -> None:
+        self._flops_per_token = flops_per_token(model)
+        self._peak = measure_peak(device, next(model.parameters()).dtype)
+        self._world_size = world_size
+        self._phases: dict[str, float] = defaultdict(float)
+        self._communication = 0.0
+        self._tokens = 0
+
+    def add(self, num_tokens: int, phases: dict[str, float], communication: float) -> float:
+        """Count a step; return the share of the workers' peak that it used."""
+        for phase, seconds in phases.items():
+            self._phases[phase] += seconds
+        self._tokens += num_tokens
+        self._communication += communication
+        return self._utilisation(num_tokens / sum(phases.values()))
+
+    def hold_up(self, seconds: float) -> None:
+        """Count what a checkpoint has held the loop up after the last step."""
+        self._phases["checkpoint"] += seconds
+
+    def summary(self) -> dict[str, float]:
+        """Return tokens/s over all workers, the utilisation, and shares of the time."""
+        seconds = sum(self._phases.values())
+        if not seconds:
+            return {}
+        tokens_per_s = self._tokens / seconds
+        return {
+            "mean_tokens_per_s": tokens_per_s,
+            "mean_model_flop_utilisation": self._utilisation(tokens_per_s),
+            "communication": self._communication / seconds,
+            **{f"{name}_share": spent / seconds for name, spent in self._phases.items()},
+        }
+
+    def _utilisation(self, tokens_per_s: float) -> float:
+        return tokens_per_s * self._flops_per_token / self._peak / self._world_size
 
 
 class StepProfiler:

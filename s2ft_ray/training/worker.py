@@ -7,11 +7,8 @@ no worker waits in a collective for one that has gone.
 
 import dataclasses
 import logging
-import resource
-import sys
 import time
-from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -45,33 +42,43 @@ from s2ft_ray.method import (
     slice_layers,
 )
 from s2ft_ray.training.checkpoint import Checkpointer, TrainState
+from s2ft_ray.training.collectives import CollectiveClock
 from s2ft_ray.training.evaluation import answer, evaluate
 from s2ft_ray.training.layout import resolve_layout
-from s2ft_ray.training.loop import StepResult, train_step
+from s2ft_ray.training.loop import train_step
 from s2ft_ray.training.memory import estimate_memory, measure_base
 from s2ft_ray.training.metrics import MetricsLog
 from s2ft_ray.training.objective import CrossEntropy, EmbeddingNoise, Objective, Preference
 from s2ft_ray.training.optimizer import build_optimizer
 from s2ft_ray.training.parallel import Layout, Workers, shard_model
 from s2ft_ray.training.run_folder import SELECTION, RunFolder
-from s2ft_ray.training.speed import StepProfiler, flops_per_token, measure_peak
+from s2ft_ray.training.speed import RunSpeed, StepProfiler
 
 logger = logging.getLogger(__name__)
 
 
-def run_worker(path: Path, device: torch.device, num_threads: int) -> None:
+def run_worker(
+    path: Path,
+    device: torch.device,
+    num_threads: int,
+    is_draining: Callable[[], bool] = lambda: False,
+) -> None:
     """Train the run at `path` to its end on this process, from its newest checkpoint.
 
     `num_threads` are the intra-op threads of a new run; a resumed run keeps its own, because
-    another number rounds differently. The process group must exist.
+    another number rounds differently. `is_draining` tells whether this worker knows of a node of
+    the group that will be taken away: all then stop, as when asked to. The process group must
+    exist.
     """
     if device.type == "cuda":
         torch.cuda.set_device(device)  # objects that NCCL carries go through the current device
     run = RunFolder(path)
     workers = Workers.join(device)
     with _raised_everywhere():
+        run.check_reachable()
         torch.set_num_threads(_recorded_threads(run, num_threads))
         part = _build(run, workers)
+    part.is_draining = is_draining
     part.train()
     part.save_adapter()
 
@@ -91,6 +98,7 @@ class WorkerPart:
     held_out: list[MicroBatch | None]
     objective: Objective = CrossEntropy()  # noqa: RUF009 - frozen
     noise: EmbeddingNoise | None = None
+    is_draining: Callable[[], bool] = lambda: False
     chosen_step: int = 0
     """After training: the step whose slices the model holds."""
 
@@ -107,14 +115,22 @@ class WorkerPart:
         slices = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
         state = TrainState(slices, build_optimizer(slices.values(), self.config.optim), self.loader)
         selects_best = self.config.checkpoint.select == "best"
+        # For dropout: each worker draws its own, the same in every run. A checkpoint has its state.
+        torch.manual_seed((seed * 1_000_003 + self.workers.rank) % 2**63)
         checkpointer = Checkpointer(
             self.run.checkpoints,
             keep=self.config.checkpoint.keep,
             keep_best=selects_best,
             workers=self.workers,
         )
-        # For dropout: each worker draws its own, the same in every run. A checkpoint has its state.
-        torch.manual_seed((seed * 1_000_003 + self.workers.rank) % 2**63)
+        with checkpointer:
+            self._go_on(state, checkpointer)
+            self.chosen_step = state.step
+            if selects_best and checkpointer.restore_slices(state, state.standing.step):
+                self._write_back()
+                self.chosen_step = state.standing.step
+
+    def _go_on(self, state: TrainState, checkpointer: Checkpointer) -> None:
         if checkpointer.restore(state):
             self._write_back()
         total = num_steps(self.config.optim, self.loader.num_rows)
@@ -126,10 +142,6 @@ class WorkerPart:
         if state.step == 0:
             self._look(0, log)
         self._run_steps(state, total, checkpointer, log)
-        self.chosen_step = state.step
-        if selects_best and checkpointer.restore_slices(state, state.standing.step):
-            self._write_back()
-            self.chosen_step = state.standing.step
 
     def _write_back(self) -> None:
         for _, layer in slice_layers(self.model):
@@ -139,10 +151,12 @@ class WorkerPart:
         self, state: TrainState, total: int, checkpointer: Checkpointer, log: MetricsLog | None
     ) -> None:
         started, first = time.perf_counter(), state.step
-        speed = _Speed(self.model, self.workers.device)
+        speed = RunSpeed(self.model, self.workers.device, self.workers.world_size)
+        collectives = CollectiveClock(self.model, self.workers.device)
+        held_up = 0.0  # by the last checkpoint
         profiler = None
         if self.config.tracking.profile:
-            profiler = StepProfiler(self.run.path / "profile", self.workers.rank)
+            profiler = StepProfiler(self.run.profile, self.workers.rank)
         self.model.train()
         while state.step < total and not self._has_lost_patience(state):
             if profiler:
@@ -164,14 +178,22 @@ class WorkerPart:
                     noise=self.noise,
                 )
             except Diverged as error:
+                checkpointer.settle()
                 good = checkpointer.newest_step()
                 raise Diverged(f"{error}; last good checkpoint: step {good}") from error
             state.step = result.step
+            communication = collectives.take() + result.phases["agree"]
             if log:
                 pace = (time.perf_counter() - started) / (state.step - first)
-                phases = {"data": data_seconds, **result.phases}
-                utilisation = speed.add(result, phases, self.workers.world_size)
-                _log_step(log, result, phases, utilisation, time_left_s=pace * (total - state.step))
+                phases = {"data": data_seconds, "checkpoint": held_up, **result.phases}
+                utilisation = speed.add(result.num_tokens, phases, communication)
+                log.write_step(
+                    result,
+                    {**phases, "communication": communication},
+                    utilisation,
+                    time_left_s=pace * (total - state.step),
+                )
+                held_up = 0.0
             is_best = False
             if state.step % self.config.evaluation.every_steps == 0 or state.step == total:
                 loss = self._look(state.step, log)
@@ -179,11 +201,17 @@ class WorkerPart:
             ends = state.step == total or self._has_lost_patience(state)
             is_due = state.step % self.config.checkpoint.every_steps == 0
             if is_due or is_best or ends or result.is_stop_requested:
+                began = time.perf_counter()
                 checkpointer.save(state)
+                held_up = time.perf_counter() - began
             if result.is_stop_requested and not ends:
+                checkpointer.settle()
                 if log:
                     log.write("stop", state.step)
                 raise Preempted(state.step)
+        began = time.perf_counter()
+        checkpointer.settle()
+        speed.hold_up(held_up + time.perf_counter() - began)
         if profiler:
             profiler.end()
         if log:
@@ -195,7 +223,8 @@ class WorkerPart:
         return patience is not None and state.standing.num_worse >= patience
 
     def _is_stop_requested(self) -> bool:
-        return self.workers.rank == 0 and self.run.is_stop_requested()
+        asked = self.workers.rank == 0 and self.run.is_stop_requested()
+        return asked or self.is_draining()
 
     def save_adapter(self) -> None:
         """Export the adapter, check that every worker holds the same, write it on rank 0."""
@@ -266,6 +295,7 @@ def _build(run: RunFolder, workers: Workers) -> WorkerPart:
         pad_id=pad_id,
         packing=config.data.max_seq_len if config.data.packing else None,
         groups=data.groups,
+        shuffle_buffer=config.data.shuffle_buffer,
     )
     held_out = eval_batches(data.eval, micro_batch_size, workers.rank, workers.world_size, pad_id)
     return WorkerPart(
@@ -360,65 +390,6 @@ def _choose_layout(
 def _recorded_threads(run: RunFolder, num_threads: int) -> int:
     world = run.read_json("world.json")
     return int(world["num_threads"]) if world else num_threads
-
-
-class _Speed:
-    """Adds up what the steps of this start took; rank 0's own time."""
-
-    def __init__(self, model: PreTrainedModel, device: torch.device) -> None:
-        self._flops_per_token = flops_per_token(model)
-        self._peak = measure_peak(device, next(model.parameters()).dtype)
-        self._phases: dict[str, float] = defaultdict(float)
-        self._tokens, self._seconds = 0, 0.0
-
-    def add(self, result: StepResult, phases: dict[str, float], world_size: int) -> float:
-        """Count a step; return the share of the workers' peak that it used."""
-        for phase, seconds in phases.items():
-            self._phases[phase] += seconds
-        self._tokens += result.num_tokens
-        self._seconds += sum(phases.values())
-        return self._utilisation(result.num_tokens / sum(phases.values()) / world_size)
-
-    def summary(self) -> dict[str, float]:
-        """Return tokens/s over all workers and each phase's share of the time."""
-        if not self._seconds:
-            return {}
-        shares = {f"{name}_share": spent / self._seconds for name, spent in self._phases.items()}
-        return {"mean_tokens_per_s": self._tokens / self._seconds, **shares}
-
-    def _utilisation(self, tokens_per_s: float) -> float:
-        return tokens_per_s * self._flops_per_token / self._peak
-
-
-def _log_step(
-    log: MetricsLog,
-    result: StepResult,
-    phases: dict[str, float],
-    utilisation: float,
-    time_left_s: float,
-) -> None:
-    log.write(
-        "train",
-        result.step,
-        loss=result.loss,
-        lr=result.lr,
-        grad_norm=result.grad_norm,
-        tokens_per_s=result.num_tokens / result.seconds,
-        step_seconds=result.seconds,
-        num_targets=result.num_targets,
-        model_flop_utilisation=utilisation,
-        memory_mib=_peak_memory_mib(),
-        **{f"{phase}_seconds": seconds for phase, seconds in phases.items()},
-        time_left_s=time_left_s,
-    )
-
-
-def _peak_memory_mib() -> float:
-    """Peak memory of this worker: the GPU's where there is one, else the process's."""
-    if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated() / 2**20
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak / (2**20 if sys.platform == "darwin" else 2**10)
 
 
 @contextmanager
