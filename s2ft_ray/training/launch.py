@@ -11,14 +11,25 @@ from pathlib import Path
 from typing import Any
 
 import ray
+from ray._private.state import state as ray_state
 from ray.train import FailureConfig, LoggingConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer, get_device
+from ray.train.v2._internal.execution.context import get_train_context
 from ray.train.v2.api.exceptions import TrainingFailedError, WorkerGroupError
 
 from s2ft_ray.config import ParallelConfig
-from s2ft_ray.errors import ConfigError, JobError, OutOfMemory, S2FTError, WorkersLost
+from s2ft_ray.errors import (
+    ConfigError,
+    JobError,
+    OutOfMemory,
+    Preempted,
+    S2FTError,
+    WorkersLost,
+)
 from s2ft_ray.training.run_folder import RunFolder
 from s2ft_ray.training.worker import run_worker
+
+logger = logging.getLogger(__name__)
 
 # A worker group that dies is started again from the newest checkpoint so often; a fault of the
 # run itself is no dead group and is never tried again.
@@ -29,8 +40,8 @@ MAX_START_FAILURES = 30
 RAY_TRAIN_SETTINGS = {
     # How soon the end of the workers is seen: 2 s by default, much of a short run.
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",
-    # An actor beside each run that watches for node drains, which nothing here acts on.
-    "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
+    # How soon a node's drain is seen: 5 s by default, and a spot node may be gone in 30.
+    "RAY_TRAIN_PREEMPTION_POLL_INTERVAL_S": "1",
 }
 
 
@@ -61,14 +72,28 @@ def check_room(parallel: ParallelConfig) -> None:
 def train_with_ray(run: RunFolder, parallel: ParallelConfig) -> None:
     """Train the run under Ray Train until its adapter is saved.
 
-    A killed worker restarts the group from the newest checkpoint. Raises Preempted when the run
-    was asked to stop (``RunFolder.request_stop``, or SIGTERM to this process) and its checkpoint
-    is saved; the run's own error (bad data, divergence, a full disk); or JobError where the
-    workers were lost too often. A request to stop from before is cleared.
+    A killed worker restarts the group from the newest checkpoint. Where Ray drains a node, the
+    workers save and leave it, and the run goes on at once where the other nodes have room.
+    Raises Preempted when they haven't, or the run was asked to stop (``RunFolder.request_stop``,
+    or SIGTERM to this process), and its checkpoint is saved; the run's own error (bad data,
+    divergence, a full disk); or JobError where the workers were lost too often. A request to stop
+    from before is cleared.
     """
     run.clear_stop()
     for name, value in RAY_TRAIN_SETTINGS.items():
         os.environ.setdefault(name, value)
+    with _stopped_by_sigterm(run):
+        while (fault := _fit(run, parallel)) is not None:
+            if not isinstance(fault, Preempted) or run.is_stop_requested():
+                raise fault
+            if _count_places(_resources(parallel)) < _fewest(parallel):
+                logger.warning("a node is being drained, and the others have no room")
+                raise fault
+            logger.warning("a node is being drained: from step %d on the others", fault.step)
+
+
+def _fit(run: RunFolder, parallel: ParallelConfig) -> S2FTError | None:
+    """Train under one Ray Train controller; return the run's own fault."""
     attempt = 1 + len(list(run.path.glob("ray/attempt-*")))
     trainer = TorchTrainer(
         _worker_entry,
@@ -92,12 +117,10 @@ def train_with_ray(run: RunFolder, parallel: ParallelConfig) -> None:
         ),
     )
     try:
-        with _stopped_by_sigterm(run):
-            fault = trainer.fit().return_value
+        fault: S2FTError | None = trainer.fit().return_value
     except TrainingFailedError as error:
         raise _explain(error) from error
-    if fault is not None:
-        raise fault
+    return fault
 
 
 @contextmanager
@@ -127,10 +150,21 @@ def _worker_entry(settings: dict[str, Any]) -> S2FTError | None:
     logging.basicConfig(level=logging.WARNING)
     logging.getLogger("s2ft_ray").setLevel(logging.INFO)
     try:
-        run_worker(Path(settings["run_folder"]), get_device(), settings["num_threads"])
+        run_worker(
+            Path(settings["run_folder"]), get_device(), settings["num_threads"], _is_draining
+        )
     except S2FTError as error:
         return error
     return None
+
+
+def _is_draining() -> bool:
+    """Return whether Ray has told this worker that a node of the group will be taken away.
+
+    Looked up where Ray's watcher puts it: ``ray.train.get_preemption_info`` is a barrier of all
+    workers through an actor, and this is asked at every step. The workers agree by themselves.
+    """
+    return get_train_context().preemption_context.preemption_info is not None
 
 
 def _explain(error: TrainingFailedError) -> S2FTError:
@@ -163,7 +197,13 @@ def _num_workers(parallel: ParallelConfig) -> int:
 
 
 def _nodes() -> list[dict[str, float]]:
-    return [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    """Return what each node has that isn't being drained."""
+    draining = ray_state.get_draining_nodes()
+    return [
+        node["Resources"]
+        for node in ray.nodes()
+        if node["Alive"] and node["NodeID"] not in draining
+    ]
 
 
 def _count_places(each: dict[str, float]) -> int:

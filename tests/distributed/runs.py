@@ -76,9 +76,10 @@ def make_run(folder: Path, base: Path, **sections: dict[str, Any]) -> RunFolder:
     return run
 
 
-def train(path: Path) -> None:
-    """What each process of a pool does: its part of the run."""
-    run_worker(path, torch.device("cpu"), num_threads=1)
+def train(path: Path, num_threads: int = 1) -> int:
+    """What each process of a pool does: its part of the run. Returns the threads it took."""
+    run_worker(path, torch.device("cpu"), num_threads)
+    return torch.get_num_threads()
 
 
 def read_metrics(run: RunFolder, kind: str) -> list[dict[str, Any]]:

@@ -10,7 +10,7 @@ import runs
 import torch
 from gloo import GlooPool
 
-from s2ft_ray.errors import Preempted
+from s2ft_ray.errors import ConfigError, Preempted
 from s2ft_ray.method import Adapter
 from s2ft_ray.training import worker
 from s2ft_ray.training.run_folder import RunFolder
@@ -65,7 +65,7 @@ def test_a_stopped_run_goes_on_bit_for_bit(two: GlooPool, tmp_path: Path, base: 
     # Until the request is cleared, each start does one more step and leaves again.
     assert {end for _, _, end in two.run(train_counting, run.path)} == {message.replace("3", "4")}
     run.clear_stop()
-    two.run(runs.train, run.path)
+    assert two.run(runs.train, run.path, 2) == [1, 1]  # its own threads: others round differently
     assert Adapter.load(run.adapter).fingerprint == Adapter.load(whole.adapter).fingerprint
 
 
@@ -88,6 +88,35 @@ def test_a_run_resized_at_each_stop_sees_every_row_once(
     ours, theirs = Adapter.load(run.adapter).slices, Adapter.load(whole.adapter).slices
     for name, part in ours.items():
         torch.testing.assert_close(part.delta, theirs[name].delta, atol=1e-5, rtol=0)
+
+
+def drain_one_node(path: Path) -> str:
+    """Train, with rank 1 alone told at the third step that a node of the group will go."""
+    asked = []
+
+    def is_draining() -> bool:
+        asked.append(1)
+        return torch.distributed.get_rank() == 1 and len(asked) >= 3
+
+    try:
+        worker.run_worker(path, torch.device("cpu"), 1, is_draining)
+    except Preempted as error:
+        return str(error)
+    return "finished"
+
+
+def test_what_one_worker_knows_of_a_drain_stops_all_at_one_step(
+    two: GlooPool, tmp_path: Path, base: Path
+) -> None:
+    run = make_run(tmp_path, base)
+    message = "stopped at step 3, checkpoint saved; --resume goes on"
+    assert two.run(drain_one_node, run.path) == [message, message]
+    assert [path.name for path in run.checkpoints.iterdir()] == ["step-00000003"]
+
+
+def test_a_worker_that_does_not_see_the_run_says_so(two: GlooPool, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"isn't there on node .*; name a folder that every node"):
+        two.run(runs.train, tmp_path / "elsewhere")
 
 
 def test_a_stop_at_the_last_step_changes_nothing(one: GlooPool, tmp_path: Path, base: Path) -> None:
