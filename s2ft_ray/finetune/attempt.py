@@ -4,13 +4,14 @@ Invariant: a driver that the queue has given up ends at once, and its workers wi
 nothing is written for an attempt that another one has followed.
 """
 
+import errno
 import io
 import json
 import os
 import sys
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -142,8 +143,18 @@ def _outcome_of(error: BaseException) -> dict[str, Any]:
     if isinstance(error, Preempted):
         return {"outcome": "preempted", "step": error.step}
     reason = next((it for kind, it in _REASONS if isinstance(error, kind)), FailureReason.ERROR)
+    if _is_of_a_full_disk(error):
+        reason = FailureReason.STORAGE
     message = str(error) or type(error).__name__
     return {"outcome": "failed", "reason": reason.value, "message": message}
+
+
+def _is_of_a_full_disk(error: BaseException | None) -> bool:
+    while error is not None:
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
 
 
 def _saved_at(run: RunFolder) -> float | None:
@@ -178,9 +189,13 @@ class _Metrics:
                     break
                 self._offset += len(line)
                 if line.strip():
-                    self._add(json.loads(line))
+                    self._add(line)
 
-    def _add(self, line: dict[str, Any]) -> None:
+    def _add(self, text: bytes) -> None:
+        try:
+            line = json.loads(text)
+        except ValueError:  # a full disk cut it short, and the next one follows it
+            return
         if line["kind"] == "start":
             self._total_steps = line["total_steps"]
         elif line["kind"] == "train":
@@ -195,14 +210,14 @@ class _Metrics:
 
 
 class _Tee(io.TextIOBase):
-    """Writes to a stream and to a file."""
+    """Writes to a stream and, where its disk isn't full, to a file."""
 
-    def __init__(self, stream: TextIO, file: TextIO) -> None:
+    def __init__(self, stream: TextIO, file: io.RawIOBase) -> None:
         self._stream, self._file = stream, file
 
     def write(self, text: str) -> int:
-        self._file.write(text)
-        self._file.flush()
+        with suppress(OSError):  # Ray's own log of the driver has it
+            self._file.write(text.encode())
         return self._stream.write(text)
 
     def flush(self) -> None:
@@ -216,7 +231,7 @@ class _Tee(io.TextIOBase):
 def logged(run: RunFolder) -> Iterator[None]:
     """Also write what this process prints into the run folder."""
     outer = sys.stdout, sys.stderr
-    with run.log.open("a", encoding="utf-8") as file:
+    with run.log.open("ab", buffering=0) as file:
         sys.stdout, sys.stderr = _Tee(outer[0], file), _Tee(outer[1], file)
         try:
             yield

@@ -99,23 +99,33 @@ def become_follower(job_id: str) -> NoReturn:
 
 
 class _Teller:
-    """Prints how a job stands when that has changed, and now and then."""
+    """Prints how a job stands when that has changed, and now and then.
+
+    A place further back is told now and then only: tenants at the same level take turns there.
+    """
 
     def __init__(self) -> None:
         self._told: Any = None
+        self._place = 0
         self._at = 0.0
 
     def tell(self, job: dict[str, Any]) -> None:
         """Print a line where there is something to tell."""
-        state = (job["state"], job["position"], job["reason"])
+        state = (job["state"], job["reason"])
+        place = job["position"] or 0
         since_s = time.monotonic() - self._at
         waits = job["state"] == "queued"
-        if state == self._told and since_s < (_TELL_EVERY_S if waits else _PROGRESS_EVERY_S):
+        moved_up = place < self._place
+        if (
+            state == self._told
+            and not moved_up
+            and since_s < (_TELL_EVERY_S if waits else _PROGRESS_EVERY_S)
+        ):
             return
         if state == self._told and not waits and job["progress"] is None:
             return
         print(f"{job['state']:<11} {describe(job)}".rstrip(), flush=True)
-        self._told, self._at = state, time.monotonic()
+        self._told, self._place, self._at = state, place, time.monotonic()
 
 
 def describe(job: dict[str, Any]) -> str:

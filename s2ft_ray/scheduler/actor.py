@@ -10,6 +10,7 @@ import os
 import socket
 import threading
 import time
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from s2ft_ray.errors import ConfigError, JobError
@@ -51,12 +52,14 @@ class SchedulerActor:
         return os.getpid()
 
     def _wait_for_lease(self) -> None:
-        deadline = time.monotonic() + _LEASE_PATIENCE_S
+        """Whoever has held it and doesn't renew it for so long is gone, whatever its clock says."""
+        deadline, seen = time.monotonic() + _LEASE_PATIENCE_S, self._lease.expiry()
         while True:
+            watched = time.monotonic() > deadline
             try:
-                return self._lease.acquire(time.time())
+                return self._lease.acquire(time.time(), watched_expiry=seen if watched else None)
             except JobError:
-                if time.monotonic() > deadline:
+                if watched:
                     raise
                 time.sleep(1.0)
 
@@ -155,7 +158,7 @@ def look_after_scheduler() -> None:
                 ray.init(namespace=NAMESPACE, logging_level=logging.WARNING, log_to_driver=False)
                 dashboard = os.environ.get("RAY_API_SERVER_ADDRESS") or _dashboard_url()
             pid = ray.get(start_scheduler(dashboard).ping.remote(), timeout=60)
-            alive.write_text(f"{pid}\n", encoding="utf-8")
+            _note(alive, pid)
             time.sleep(_LOOK_S)
         except (RayError, ConnectionError, ValueError, RuntimeError) as error:
             # Ray isn't up yet or was started again, or the scheduler refused: its log says why
@@ -165,6 +168,13 @@ def look_after_scheduler() -> None:
             told = message
             ray.shutdown()
             time.sleep(1.0)
+
+
+def _note(alive: Path, pid: int) -> None:
+    try:
+        alive.write_text(f"{pid}\n", encoding="utf-8")
+    except OSError as error:  # a full disk is no reason to leave the scheduler alone
+        logger.warning("%s: %s", alive, error.strerror)
 
 
 def _dashboard_url() -> str:

@@ -20,13 +20,22 @@ class Lease:
     cluster: str
     duration_s: float = 15.0
 
-    def acquire(self, now: float) -> None:
-        """Take the lease. Raises JobError where another scheduler holds it, saying who."""
+    def expiry(self) -> float:
+        """Return when the lease ends that somebody holds, by that scheduler's clock."""
+        row = _row(self.engine)
+        return 0.0 if row is None else row.expires_at
+
+    def acquire(self, now: float, watched_expiry: float | None = None) -> None:
+        """Take the lease. Raises JobError where another scheduler holds it, saying who.
+
+        One that still ends at `watched_expiry` is taken although it hasn't ended: its holder was
+        watched and didn't renew it (the clock went backwards, or theirs is ahead).
+        """
         with writing(self.engine) as connection:
             row = connection.execute(select(LEASE).where(LEASE.c.id == _THE_ROW)).first()
             if row is None:
                 _make_row(connection)
-            elif row.holder not in (None, self.holder) and row.expires_at > now:
+            elif row.holder not in (None, self.holder) and now < row.expires_at != watched_expiry:
                 raise JobError(
                     f"a scheduler writes to this database already: {row.holder}, of cluster"
                     f" {row.cluster}; end it, or wait {row.expires_at - now:.0f} s"

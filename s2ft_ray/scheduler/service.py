@@ -226,7 +226,9 @@ class Scheduler:
     def set_priority(self, job_id: str, priority: int) -> dict[str, Any]:
         """Change a live job's priority. Raises ConfigError above its tenant's cap."""
         check_priority(priority, self._accounts.tenant(self._store.job(job_id).tenant))
-        return self._ask(lambda now: self._store.set_priority(job_id, priority, now))
+        answer = self._ask(lambda now: self._store.set_priority(job_id, priority, now))
+        self._due.pop("estimate", None)  # the order has changed
+        return answer
 
     def drain(self, on: bool, stop_running: bool = False) -> None:
         """Admit nothing more, or again; what runs may be asked to stop and wait."""

@@ -321,7 +321,12 @@ class Store:
             if job.state == State.QUEUED and not job.held:
                 _tell(connection, job.id, job.attempt, at, job.state, "paused", None)
                 return _change(connection, job, at, held=True, cause="paused")
-        if job.state in (State.STARTING, State.RUNNING):
+            ends = job.stop_cause in (StopCause.PAUSE, StopCause.CANCEL, StopCause.DEADLINE)
+            if job.state == State.PREEMPTING and not (job.next_workers or job.held or ends):
+                # it gives its workers to somebody already
+                _tell(connection, job.id, job.attempt, at, job.state, "paused", None)
+                return _change(connection, job, at, held=True)
+        if job.state in (State.STARTING, State.RUNNING) or job.next_workers:
             return self.ask_stop(job_id, job.attempt, StopCause.PAUSE, deadline, at)
         return job
 

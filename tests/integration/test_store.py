@@ -269,6 +269,20 @@ def test_a_second_scheduler_is_told_who_holds_the_store(store: Store) -> None:
     first.acquire(128.0)
 
 
+def test_a_clock_that_went_back_keeps_no_scheduler_out(store: Store) -> None:
+    first = Lease(store.engine, "actor on node-a", "cluster-1")
+    second = Lease(store.engine, "actor on node-b", "cluster-1")
+    first.acquire(5000.0)
+    seen = second.expiry()
+    first.renew(1000.0)  # it lives: this one waits
+    with pytest.raises(JobError, match="actor on node-a"):
+        second.acquire(1002.0, watched_expiry=seen)
+    first.renew(5000.0)  # and is killed, before the clock goes back once more
+    with pytest.raises(JobError, match="actor on node-a"):
+        second.acquire(1020.0)
+    second.acquire(1020.0, watched_expiry=second.expiry())
+
+
 def meet_at(barrier: Any) -> None:
     """Let this process's calls of `submit_many` begin each job when the others do."""
     global meeting

@@ -1,5 +1,6 @@
 """A driver between the queue and its run: waiting, signs of life, the stop, the end."""
 
+import errno
 import json
 import subprocess
 import sys
@@ -205,6 +206,7 @@ def test_a_stop_that_the_queue_asks_for_reaches_the_run(tmp_path: Path) -> None:
         (RegistryUnreachable("MLflow is away"), "registry"),
         (JobError("Ray Train gave up"), "error"),
         (ZeroDivisionError("by zero"), "error"),
+        (OSError(errno.ENOSPC, "No space left on device"), "storage"),
     ],
 )
 def test_a_failure_is_reported_with_its_cause(
@@ -234,6 +236,36 @@ def test_a_scheduler_that_is_away_stops_nothing(tmp_path: Path) -> None:
             time.sleep(0.001)
         attempt.succeed("acme.bot", "1")
     assert not attempt.was_asked
+
+
+def test_a_line_that_a_full_disk_cut_short_doesnt_end_the_signs_of_life(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    whole = {"kind": "train", "step": 3, "loss": 0.5, "tokens_per_s": 50.0, "step_seconds": 2.0}
+    queue = FakeQueue()
+    with begin(queue, tmp_path) as attempt:
+        path.write_text(
+            '{"kind": "tra{"kind": "start"}\n' + json.dumps({**whole, "time_left_s": 7.0}) + "\n"
+        )
+        attempt.succeed("acme.bot", "1")
+    assert queue.reports[0]["tokens"] == 100
+
+
+def test_a_driver_prints_on_where_its_log_is_on_a_full_disk(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = RunFolder(tmp_path)
+    run.log.symlink_to("/dev/full")
+    with logged(run):
+        print("step 1")
+    assert capsys.readouterr().out == "step 1\n"
+
+
+def test_a_place_further_back_isnt_told_at_once(capsys: pytest.CaptureFixture[str]) -> None:
+    places = [answer(position=place, reason="needs 1 x (1 CPU)") for place in (7, 6, 7, 6, 5)]
+    queue = FakeQueue(*places, answer("starting"))
+    wait(queue, {**answer(position=7, reason="submitted"), "is_new": True, "may_wait": True})
+    told = capsys.readouterr().out.splitlines()[2:]
+    assert [line.split(";")[0].split()[-1] for line in told] == ["7", "6", "5"]
 
 
 def test_what_a_driver_prints_is_kept_in_the_run_folder(

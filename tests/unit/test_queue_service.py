@@ -213,6 +213,52 @@ def test_a_job_resumed_while_it_stops_for_its_pause_goes_on_at_once(queue: Queue
     assert queue.begin(job_id, step=3) == attempt + 1
 
 
+def test_a_job_paused_while_it_is_stopped_for_another_is_held(queue: Queue) -> None:
+    low = queue.submit("low", workers=4)
+    queue.tick()
+    attempt = queue.begin(low)
+    high = queue.scheduler.submit({**document("high", workers=4), "priority": 1})["id"]
+    queue.tick()
+    queue.scheduler.pause(low)
+    queue.scheduler.report(low, attempt, {"outcome": "preempted"})
+    queue.scheduler.cancel(high)
+    queue.tick()
+    assert queue.scheduler.job(low)["reason"] == "paused; s2ft resume lets it go on"
+    queue.scheduler.resume(low)
+    queue.tick()
+    assert queue.state(low) == "starting"
+
+
+def test_a_job_paused_while_it_is_resized_is_held(queue: Queue) -> None:
+    job_id = queue.submit(workers=[1, 4])
+    queue.tick()
+    attempt = queue.begin(job_id)
+    queue.clock.now += 1000
+    progress = {"step": 10, "total_steps": 100, "loss": 1.0, "time_left_s": 9000.0}
+    queue.scheduler.heartbeat(job_id, attempt, progress)
+    queue.tick()
+    queue.scheduler.pause(job_id)
+    queue.scheduler.report(job_id, attempt, {"outcome": "preempted"})
+    queue.tick()
+    assert queue.scheduler.job(job_id)["reason"] == "paused; s2ft resume lets it go on"
+
+
+def test_a_changed_priority_is_soon_seen_in_the_estimates(queue: Queue) -> None:
+    runs, first, last = (queue.submit(name, workers=4) for name in ("a", "b", "c"))
+    queue.tick()
+    queue.begin(runs)
+    queue.tick(11)
+
+    def starts() -> list[str]:
+        return [queue.scheduler.job(it)["estimated_start"] for it in (first, last)]
+
+    assert starts() == sorted(starts())
+    queue.scheduler.set_priority(last, 5)
+    queue.tick(0.1)
+    assert starts() == sorted(starts(), reverse=True)
+    assert len(set(starts())) == 2
+
+
 def test_an_admission_cancelled_before_anybody_drove_it_ends_at_once(queue: Queue) -> None:
     job_id = queue.submit(driver_id="waits")
     queue.tick()
