@@ -230,6 +230,8 @@ class ParallelConfig(Section):
     ] = 1
     """How many, or [fewest, most]: the queue decides, and alone a run takes the most that fit."""
     resources_per_worker: dict[str, Annotated[float, Field(gt=0)]] = {"CPU": 1}
+    labels_per_worker: dict[str, str] = {}
+    """Labels of Ray that a worker's node must carry, e.g. ``ray.io/accelerator-type: H100``."""
     use_gpu: bool = False
     sharding: Literal["auto", "replicate", "full", "hybrid"] = "auto"
     """Where the frozen base lives: a copy on each worker, sharded over all (full) or inside each

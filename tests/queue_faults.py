@@ -30,7 +30,8 @@ class SecondNode:
 
     def start(self) -> None:
         """Join the cluster."""
-        env = self._node.env
+        # the address is a loopback one, for which Ray wants to be asked twice
+        env = {**self._node.env, "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "1"}
         command = [str(BIN / "ray"), "start", f"--address={env['RAY_ADDRESS']}", "--block"]
         command += ["--node-ip-address=127.0.0.1", f"--num-cpus={self._num_cpus}"]
         command += ["--object-store-memory=80000000"]

@@ -103,7 +103,9 @@ def _build_scheduler(dashboard: str) -> "tuple[Scheduler, Any]":
             " URL where the head node can move"
         )
     jobs, settings = RayJobs(dashboard), load_settings()
-    scheduler = Scheduler(store, Accounts(), RayCluster(), jobs, settings=settings)
+    scheduler = Scheduler(
+        store, Accounts(), RayCluster(settings.autoscaler), jobs, settings=settings
+    )
     return scheduler, store.engine
 
 

@@ -79,7 +79,7 @@ def worker_shape(parallel: ParallelConfig) -> WorkerShape:
     resources = dict(parallel.resources_per_worker)
     if parallel.use_gpu:
         resources.setdefault("GPU", 1.0)
-    return WorkerShape.of(resources)
+    return WorkerShape.of(resources, parallel.labels_per_worker)
 
 
 def _sizes(parallel: ParallelConfig) -> tuple[int, ...]:

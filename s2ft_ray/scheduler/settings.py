@@ -2,18 +2,22 @@
 
     service: {grace_s: 60, max_waiting: 8}
     policy: {half_life_s: 86400}
+    autoscaler: [{name: gpu, max_nodes: 8, resources: {CPU: 8, GPU: 1}, labels: {zone: a}}]
 
-The file is read when the scheduler starts. Every key has a default, see ``ServiceSettings`` and
+The last are the nodes that Ray's autoscaler may add, by group: jobs may wait for them too. The file
+is read when the scheduler starts. Every key has a default, see ``ServiceSettings`` and
 ``PolicySettings``.
 """
 
 import dataclasses
 import difflib
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
 import yaml
+from pydantic import TypeAdapter, ValidationError
 
 from s2ft_ray.config import s2ft_home
 from s2ft_ray.errors import ConfigError
@@ -50,11 +54,25 @@ class ServiceSettings:
 
 
 @dataclass(frozen=True)
+class NodeGroup:
+    """Equal nodes that Ray's autoscaler may add."""
+
+    name: str
+    """As the autoscaler calls it."""
+    max_nodes: int
+    """The most of them that there may be at once."""
+    resources: Mapping[str, float] = field(hash=False)
+    """Of each."""
+    labels: Mapping[str, str] = field(default_factory=dict, hash=False)
+
+
+@dataclass(frozen=True)
 class QueueSettings:
-    """Both sections."""
+    """All sections."""
 
     service: ServiceSettings = field(default_factory=ServiceSettings)
     policy: PolicySettings = field(default_factory=PolicySettings)
+    autoscaler: tuple[NodeGroup, ...] = ()
 
 
 def load_settings(path: Path | None = None) -> QueueSettings:
@@ -72,13 +90,24 @@ def load_settings(path: Path | None = None) -> QueueSettings:
     faults: list[str] = []
     if not isinstance(document, dict):
         raise ConfigError(f"{path}: holds no sections; write service: {{...}} and policy: {{...}}")
-    for name in sorted(document.keys() - {"service", "policy"}):
-        faults.append(f"{path}: {name}: unknown section; known: service, policy")
+    for name in sorted(document.keys() - {"service", "policy", "autoscaler"}):
+        faults.append(f"{path}: {name}: unknown section; known: service, policy, autoscaler")
     service = _read(ServiceSettings, document.get("service") or {}, f"{path}: service", faults)
     policy = _read(PolicySettings, document.get("policy") or {}, f"{path}: policy", faults)
+    groups = _read_groups(document.get("autoscaler") or [], f"{path}: autoscaler", faults)
     if faults:
         raise ConfigError(*faults)
-    return QueueSettings(service, policy)
+    return QueueSettings(service, policy, groups)
+
+
+def _read_groups(values: Any, where: str, faults: list[str]) -> tuple[NodeGroup, ...]:
+    try:
+        return TypeAdapter(tuple[NodeGroup, ...]).validate_python(values)
+    except ValidationError as error:
+        for fault in error.errors():
+            key = ".".join(map(str, fault["loc"]))
+            faults.append(f"{where}.{key}: {fault['msg']} (got {fault['input']!r})")
+        return ()
 
 
 def _read(kind: type[_Section], values: Any, where: str, faults: list[str]) -> _Section:

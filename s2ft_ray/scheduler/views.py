@@ -45,6 +45,8 @@ class NodeView:
     labels: Mapping[str, str] = field(default_factory=dict)
     present: bool = True
     """False: the autoscaler may add it; it is used when no present node has room."""
+    capacity: Mapping[str, float] | None = None
+    """All of it, with what others hold now; None: they hold nothing."""
 
 
 @dataclass(frozen=True, slots=True)

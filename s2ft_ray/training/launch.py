@@ -55,8 +55,8 @@ def check_room(parallel: ParallelConfig) -> None:
     Raises ConfigError. Ray itself would wait for ever.
     """
     count, each = _fewest(parallel), _resources(parallel)
-    nodes = _nodes()
-    places = _count_places(each)
+    nodes = _nodes(parallel)
+    places = _count_places(parallel)
     if places < count:
         asked = ", ".join(f"{name} {amount:g}" for name, amount in each.items())
         has = "; ".join(
@@ -64,8 +64,8 @@ def check_room(parallel: ParallelConfig) -> None:
         )
         raise ConfigError(
             f"parallel.num_workers: {count} workers of {asked} never fit: the cluster has"
-            f" {len(nodes)} node(s) with {has}: room for {places}; lower num_workers or"
-            " resources_per_worker, or add nodes"
+            f" {len(nodes)} node(s){_carrying(parallel)} with {has}: room for {places}; lower"
+            " num_workers or resources_per_worker, or add nodes"
         )
 
 
@@ -86,7 +86,7 @@ def train_with_ray(run: RunFolder, parallel: ParallelConfig) -> None:
         while (fault := _fit(run, parallel)) is not None:
             if not isinstance(fault, Preempted) or run.is_stop_requested():
                 raise fault
-            if _count_places(_resources(parallel)) < _fewest(parallel):
+            if _count_places(parallel) < _fewest(parallel):
                 logger.warning("a node is being drained, and the others have no room")
                 raise fault
             logger.warning("a node is being drained: from step %d on the others", fault.step)
@@ -105,6 +105,7 @@ def _fit(run: RunFolder, parallel: ParallelConfig) -> S2FTError | None:
             num_workers=_num_workers(parallel),
             use_gpu=parallel.use_gpu,
             resources_per_worker=_resources(parallel),
+            label_selector=parallel.labels_per_worker or None,
         ),
         torch_config=TorchConfig(backend="nccl" if parallel.use_gpu else "gloo"),
         run_config=RunConfig(
@@ -193,23 +194,32 @@ def _num_workers(parallel: ParallelConfig) -> int:
     workers = parallel.num_workers
     if isinstance(workers, int):
         return workers
-    return max(workers[0], min(workers[1], _count_places(_resources(parallel))))
+    return max(workers[0], min(workers[1], _count_places(parallel)))
 
 
-def _nodes() -> list[dict[str, float]]:
-    """Return what each node has that isn't being drained."""
-    draining = ray_state.get_draining_nodes()
+def _nodes(parallel: ParallelConfig) -> list[dict[str, float]]:
+    """Return what each node has that a worker may be on and that isn't being drained."""
+    draining, wanted = ray_state.get_draining_nodes(), parallel.labels_per_worker.items()
     return [
         node["Resources"]
         for node in ray.nodes()
-        if node["Alive"] and node["NodeID"] not in draining
+        if node["Alive"]
+        and node["NodeID"] not in draining
+        and wanted <= node.get("Labels", {}).items()
     ]
 
 
-def _count_places(each: dict[str, float]) -> int:
-    """Return how many workers of `each` the whole cluster holds."""
+def _carrying(parallel: ParallelConfig) -> str:
+    labels = ", ".join(f"{key}={value}" for key, value in parallel.labels_per_worker.items())
+    return f" carrying {labels}" if labels else ""
+
+
+def _count_places(parallel: ParallelConfig) -> int:
+    """Return how many workers the whole cluster holds."""
+    each = _resources(parallel)
     return sum(
-        min(int(node.get(name, 0) // amount) for name, amount in each.items()) for node in _nodes()
+        min(int(node.get(name, 0) // amount) for name, amount in each.items())
+        for node in _nodes(parallel)
     )
 
 

@@ -38,6 +38,13 @@ def test_workers_that_never_fit_are_refused_with_what_there_is(cluster: dict[str
         launch.check_room(PAIR)
 
 
+def test_labels_bind_workers_to_their_nodes(cluster: dict[str, float]) -> None:
+    cluster.update(a=8)
+    bound = PAIR.model_copy(update={"labels_per_worker": {"zone": "a"}})
+    with pytest.raises(ConfigError, match=r"has 0 node\(s\) carrying zone=a"):
+        launch.check_room(bound)
+
+
 def test_a_range_takes_the_most_that_fit_on_the_nodes_that_stay(cluster: dict[str, float]) -> None:
     elastic = ParallelConfig(num_workers=(1, 4), resources_per_worker={"CPU": 2})
     cluster.update(a=4, drained=8)

@@ -1,10 +1,12 @@
 from pathlib import Path
+from typing import Any
 
 import pytest
 from queue_parts import Queue, document
 
 from s2ft_ray.errors import ConfigError, JobError, StaleAttempt
-from s2ft_ray.scheduler.cluster import without_others
+from s2ft_ray.scheduler.cluster import still_to_come, without_others
+from s2ft_ray.scheduler.settings import NodeGroup
 from s2ft_ray.scheduler.views import NodeView
 
 SUCCESS = {"outcome": "succeeded", "model": ["acme.bot", 3], "rows": 1600, "tokens": 9000}
@@ -379,6 +381,47 @@ def test_what_others_hold_of_a_node_isnt_given_away() -> None:
     assert without_others(total, available, {"CPU": 2.0}) == {"CPU": 5.0, "GPU": 2.0}
     # a gang that is admitted and not there yet leaves more available than the ledger says
     assert without_others(total, total, {"CPU": 2.0}) == total
+
+
+def test_what_the_autoscaler_may_add_is_counted_until_it_has_come() -> None:
+    group = NodeGroup("gpu", 2, {"CPU": 8.0, "GPU": 1.0})
+    head = NodeView("head", {"CPU": 2.0})
+    first, second = still_to_come([group], [head])
+    assert (first.id, first.present, second.id) == ("gpu/0", False, "gpu/1")
+    assert first.labels["ray.io/node-group"] == "gpu"
+    named = NodeView("n1", {"CPU": 3.0, "GPU": 1.0}, {"ray.io/node-group": "gpu"})
+    assert still_to_come([group], [head, named]) == [second]
+    alike = NodeView("n2", {"GPU": 0.0}, capacity={"CPU": 8.0, "GPU": 1.0})
+    assert still_to_come([group], [head, alike]) == [second]
+
+
+def test_a_job_for_nodes_that_are_not_there_yet_is_started(queue: Queue) -> None:
+    queue.tick()
+    with pytest.raises(ConfigError, match=r"0 of 1 nodes carry zone=a"):
+        queue.scheduler.submit(bound_to_zone("a"))
+    group = NodeGroup("far", 1, {"CPU": 2.0}, {"zone": "a"})
+    queue.cluster.views = [*queue.cluster.views, *still_to_come([group], queue.cluster.views[:0])]
+    queue.tick()
+    job_id = queue.scheduler.submit(bound_to_zone("a"))["id"]
+    queue.tick()
+    assert queue.store.job(job_id).placement == {"far/0": 2}
+
+
+def test_what_others_hold_now_refuses_nothing(queue: Queue) -> None:
+    queue.cluster.views = [NodeView("n0", {"CPU": 1.0}, capacity={"CPU": 4.0})]
+    queue.tick()
+    job_id = queue.submit(workers=4)
+    queue.tick()
+    assert queue.state(job_id) == "queued"
+    queue.cluster.views = [NodeView("n0", {"CPU": 4.0}, capacity={"CPU": 4.0})]
+    queue.tick()
+    assert queue.state(job_id) == "starting"
+
+
+def bound_to_zone(zone: str) -> dict[str, Any]:
+    run = document("bound", workers=2)
+    run["parallel"]["labels_per_worker"] = {"zone": zone}
+    return run
 
 
 def test_nodes_that_come_and_go_are_followed(queue: Queue) -> None:

@@ -5,6 +5,7 @@ present node that it leaves least of; where no node holds it whole, to the fewes
 """
 
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from typing import Self
 
 from s2ft_ray.scheduler.views import JobView, NodeView, WorkerShape
@@ -143,16 +144,27 @@ def place_holders(room: Room, jobs: Iterable[JobView]) -> dict[str, Mapping[str,
 
 
 def never_fits(nodes: Sequence[NodeView], shape: WorkerShape, num_workers: int) -> str | None:
-    """Return why a gang can't start even on an empty cluster, or None where it can."""
-    fitting = Room(nodes).count(shape)
+    """Return why a gang can't start even on an empty cluster, or None where it can.
+
+    What others hold of a node now may be free tomorrow, and what the autoscaler may add counts.
+    """
+    empty = [replace(node, total=node.capacity or node.total) for node in nodes]
+    fitting = Room(empty).count(shape)
     if fitting >= num_workers:
         return None
     totals: dict[str, float] = {}
-    for node in nodes:
+    for node in empty:
         for name, amount in node.total.items():
             totals[name] = totals.get(name, 0.0) + amount
     there = ", ".join(f"{totals.get(name, 0.0):g} {name}" for name, _ in shape.resources)
+    added = sum(not node.present for node in nodes)
+    with_added = f", {added} of them still to be added by the autoscaler," if added else ""
+    labelled = ""
+    if shape.labels:
+        wanted = ", ".join(f"{key}={value}" for key, value in shape.labels)
+        those = sum(node.labels.items() >= dict(shape.labels).items() for node in nodes)
+        labelled = f"; {those} of {len(nodes)} nodes carry {wanted}"
     return (
-        f"{num_workers} x ({shape}) don't fit: all nodes together have {there or 'nothing'},"
-        f" room for {fitting} such workers when empty"
+        f"{num_workers} x ({shape}) don't fit: all nodes together{with_added} have"
+        f" {there or 'nothing'}, room for {fitting} such workers when empty{labelled}"
     )
