@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 # Of the encoding itself: raise it when the same bytes become other rows.
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 ROWS, ABOUT = "rows.arrow", "file.json"
 
 

@@ -21,7 +21,14 @@ from tokenizers import Encoding
 from transformers import PreTrainedTokenizerBase
 
 from s2ft_ray.data.chat import ChatError, RenderedChat, Span, render_chat
-from s2ft_ray.data.formats import REQUIRED_KEYS, Format, as_text, as_turns, bos_ids
+from s2ft_ray.data.formats import (
+    REQUIRED_KEYS,
+    Format,
+    as_text,
+    as_turns,
+    bos_ids,
+    is_chat_prompt,
+)
 from s2ft_ray.errors import ConfigError
 
 TrainOn = Literal["completion", "assistant", "all"]
@@ -96,7 +103,8 @@ class Encoder:
         self, rows: Sequence[Mapping[str, Any]], row_format: Format
     ) -> list[EncodedRow | RowFault]:
         """Encode valid rows; in the place of one that can't be trained on stands its fault."""
-        if row_format == "chat" and self.tokenizer.chat_template is None:
+        is_chat = row_format == "chat" or any(map(is_chat_prompt, rows))
+        if is_chat and self.tokenizer.chat_template is None:
             raise ConfigError(
                 "data.chat_template: is needed: the rows are chats, and the tokenizer of this base"
                 " has no chat template; give a Jinja template or a file that holds one"
@@ -108,19 +116,14 @@ class Encoder:
         return self._encode_literal(rows, row_format)
 
     def _encode_pairs(self, rows: Sequence[Mapping[str, Any]]) -> list[EncodedRow | RowFault]:
-        """Encode each answer as the completion of the prompt."""
-        sides = [
-            self._encode_literal(
-                [{"prompt": row["prompt"], "completion": row[key]} for row in rows], "completion"
-            )
-            for key in ("chosen", "rejected")
-        ]
+        """Encode each answer after the prompt."""
+        sides = [self._encode_answers(rows, key) for key in ("chosen", "rejected")]
         pairs: list[EncodedRow | RowFault] = []
         for chosen, rejected in zip(*sides, strict=True):
             if isinstance(chosen, RowFault):
-                pairs.append(RowFault(chosen.text.replace("completion", "chosen", 1)))
+                pairs.append(chosen)
             elif isinstance(rejected, RowFault):
-                pairs.append(RowFault(rejected.text.replace("completion", "rejected", 1)))
+                pairs.append(rejected)
             else:
                 pairs.append(
                     replace(
@@ -131,6 +134,28 @@ class Encoder:
                     )
                 )
         return pairs
+
+    def _encode_answers(
+        self, rows: Sequence[Mapping[str, Any]], key: str
+    ) -> list[EncodedRow | RowFault]:
+        """Encode one answer of each pair, by the chat template where the prompt is turns."""
+        chats = [
+            {"messages": [*row["prompt"], {"role": "assistant", "content": row[key]}]}
+            for row in rows
+            if is_chat_prompt(row)
+        ]
+        texts = [
+            {"prompt": row["prompt"], "completion": row[key]}
+            for row in rows
+            if not is_chat_prompt(row)
+        ]
+        of_chats = iter(self._encode_chats(chats, "chat") if chats else [])
+        of_texts = iter(self._encode_literal(texts, "completion") if texts else [])
+        encoded = [next(of_chats if is_chat_prompt(row) else of_texts) for row in rows]
+        return [
+            RowFault(f"{key}:{one.text.partition(':')[2]}") if isinstance(one, RowFault) else one
+            for one in encoded
+        ]
 
     def _encode_literal(
         self, rows: Sequence[Mapping[str, Any]], row_format: Format

@@ -3,7 +3,7 @@
     chat         {"messages": [{"role": "user", "content": ...}, {"role": "assistant", ...}, ...]}
     completion   {"prompt": ..., "completion": ...}
     instruction  {"instruction": ..., "input": ... (optional), "output": ...}
-    preference   {"prompt": ..., "chosen": ..., "rejected": ...}
+    preference   {"prompt": ..., "chosen": ..., "rejected": ...}, the prompt a text or turns
     text         {"text": ...}
 
 Other keys of a row are ignored. A prompt is rendered here and nowhere else, for training and for
@@ -14,7 +14,8 @@ text begins with it.
 
 Chat rows go through the tokenizer's chat template, and so do instruction rows where there is one
 (one user turn, one assistant turn). Instruction rows without a template use the layout
-``INSTRUCTION_LAYOUT``. Prompt/completion, preference and text rows are taken literally.
+``INSTRUCTION_LAYOUT``. Prompt/completion and text rows are taken literally, and preference rows
+whose prompt is a text; a prompt of turns goes through the chat template, with the answer.
 """
 
 from collections.abc import Mapping, Sequence
@@ -63,14 +64,27 @@ def find_faults(fields: Mapping[str, Any], row_format: Format) -> list[str]:
         return [f"{key}: is missing from this {row_format} row (keys: {keys})" for key in missing]
     if row_format == "chat":
         return _find_chat_faults(fields["messages"])
-    faults = [
-        fault for key in REQUIRED_KEYS[row_format] for fault in _find_text_faults(key, fields[key])
-    ]
+    faults: list[str] = []
+    for key in REQUIRED_KEYS[row_format]:
+        if row_format == "preference" and key == "prompt" and is_chat_prompt(fields):
+            faults += _find_prompt_faults(fields["prompt"])
+        else:
+            faults += _find_text_faults(key, fields[key])
     if row_format == "preference" and not faults and fields["chosen"] == fields["rejected"]:
         faults.append("rejected: is the same as chosen; there is nothing to prefer")
     if row_format == "instruction" and fields.get("input") is not None:
         faults += _find_text_faults("input", fields["input"])
     return faults
+
+
+def is_chat_prompt(fields: Mapping[str, Any]) -> bool:
+    """Return whether a row's prompt is turns and not a text."""
+    return isinstance(fields.get("prompt"), list)
+
+
+def _find_prompt_faults(turns: list[Any]) -> list[str]:
+    answered = [*turns, {"role": "assistant", "content": "the answer"}]
+    return [f"prompt{fault.removeprefix('messages')}" for fault in _find_chat_faults(answered)]
 
 
 def _find_text_faults(key: str, value: Any) -> list[str]:
@@ -189,6 +203,8 @@ def _render_prompt(prompt: Prompt, tokenizer: PreTrainedTokenizerBase) -> tuple[
     if isinstance(prompt, str):
         return prompt, False
     fields = prompt if isinstance(prompt, Mapping) else {"messages": list(prompt)}
+    if is_chat_prompt(fields):
+        fields = {"messages": fields["prompt"]}
     row_format = next((f for f, keys in REQUIRED_KEYS.items() if keys[0] in fields), None)
     if row_format is None:
         raise ValueError(f"a prompt with the keys {', '.join(fields)} fits none: {KNOWN_FORMATS}")

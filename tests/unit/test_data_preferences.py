@@ -4,10 +4,16 @@ import math
 
 import pytest
 import torch
-from data_parts import bytelevel_tokenizer, data_config, instruction_row, write_rows
+from data_parts import (
+    PLAIN_TEMPLATE,
+    bytelevel_tokenizer,
+    data_config,
+    instruction_row,
+    write_rows,
+)
 
 from s2ft_ray.config import parse_config
-from s2ft_ray.data import TrainLoader, eval_batches, prepare_data
+from s2ft_ray.data import TrainLoader, encode_prompt, eval_batches, prepare_data
 from s2ft_ray.errors import ConfigError, DataError
 
 PAIRS = [
@@ -56,9 +62,41 @@ def test_held_out_pairs_stay_pairs(tmp_path):
     assert data.eval_prompts[0].expected in ("yes", "no")
 
 
+def test_a_prompt_of_turns_goes_through_the_chat_template(tmp_path):
+    asked = [{"role": "user", "content": "Is 3 odd?"}]
+    rows = [{"prompt": asked, "chosen": "yes", "rejected": "perhaps"}] * 4 + PAIRS[:4]
+    tokenizer = bytelevel_tokenizer(chat_template=PLAIN_TEMPLATE)
+    path = write_rows(tmp_path / "pairs.jsonl", rows)
+    held_out = write_rows(tmp_path / "held.jsonl", rows[:1])
+    data = prepare_data(data_config(path, eval=held_out), tokenizer, 0)
+    row = data.train[0]
+    for ids, mask, answer in (
+        (row["input_ids"], row["target_mask"], "yes"),
+        (row["rejected_ids"], row["rejected_mask"], "perhaps"),
+    ):
+        chat = [*asked, {"role": "assistant", "content": answer}]
+        assert tokenizer.apply_chat_template(chat, tokenize=False).startswith(tokenizer.decode(ids))
+        assert ids[-1] == tokenizer.eos_token_id
+        targets = [token for token, is_target in zip(ids, mask, strict=True) if is_target]
+        assert tokenizer.decode(targets).startswith(answer)
+    assert ids[: row["prompt_len"]] == encode_prompt(rows[0], tokenizer)
+    literal = data.train[4]["input_ids"]
+    assert tokenizer.decode(literal, skip_special_tokens=True) == "Is 0 odd? no"
+    with pytest.raises(ConfigError, match=r"data\.chat_template: is needed"):
+        prepare_data(data_config(path), bytelevel_tokenizer(), 0)
+
+
 @pytest.mark.parametrize(
     ("row", "told"),
     [
+        (
+            {"prompt": [{"role": "assistant", "content": "a"}], "chosen": "b", "rejected": "c"},
+            "prompt[0].role: is assistant where user must stand",
+        ),
+        (
+            {"prompt": [{"role": "user"}], "chosen": "b", "rejected": "c"},
+            "prompt[0].content: is missing",
+        ),
         ({"prompt": "a", "chosen": "b", "rejected": "b"}, "rejected: is the same as chosen"),
         ({"prompt": "a", "chosen": "b", "rejected": ""}, "rejected: is empty"),
         ({"prompt": "a", "chosen": 3, "rejected": "b"}, "chosen: is the int 3; write text"),
