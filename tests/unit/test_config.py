@@ -103,6 +103,8 @@ def test_every_fault_is_told_at_once() -> None:
     [
         (None, "can't be read: No such file"),
         ("a: [", "no valid YAML"),
+        ("optim: {lr: 1}\ndata: {}\noptim: {}", "the key optim stands twice in"),
+        ("optim:\n  lr: 1\n  lr: 2", "the key lr stands twice in"),
         ("- 1", "holds list, not a mapping"),
         ("\x00", "no valid YAML"),
     ],
