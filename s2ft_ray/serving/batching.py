@@ -2,8 +2,8 @@
 
 The batching pages the KV cache and forms the batches. Before each forward pass a hook tells the
 layers which tokens are whose; after it a processor samples for every request by its own rules and
-leaves the batching, which is greedy, no choice. Block sharing is off: its cache doesn't know
-adapters, and answered requests of one with another's.
+leaves the batching, which is greedy, no choice. Pages are shared as `shared_prefixes` has it: the
+batching's own cache doesn't know adapters, and answered requests of one with another's.
 """
 
 import threading
@@ -21,6 +21,8 @@ from transformers.generation.continuous_batching.cb_logits_processors import (
     ContinuousBatchingLogitsProcessorList,
 )
 from transformers.generation.continuous_batching.continuous_api import ContinuousBatchingManager
+
+from s2ft_ray.serving.shared_prefixes import OwnerOf, SharedPrefixes
 
 Choose = Callable[[list[str], Tensor], list[int]]
 """(request ids, logits [N, V]) -> the token of each."""
@@ -65,22 +67,28 @@ class Batching:
         model: PreTrainedModel,
         choose: Choose,
         route: Callable[[list[tuple[str, int]]], None],
+        owner_of: OwnerOf | None,
         *,
         cache_tokens: int,
         max_batch_tokens: int,
         max_batch_requests: int,
         page_size: int,
     ) -> None:
-        """Prepare the loop. `route` gets (request id, tokens) of each request of a batch."""
+        """Prepare the loop. `route` gets (request id, tokens) of each request of a batch.
+
+        `owner_of` tells whose pages of the cache a request may share; None: no pages are shared.
+        """
         self._model = model
         self._route = route
+        self._owner_of = owner_of
+        self._prefixes: SharedPrefixes | None = None
         config = ContinuousBatchingConfig(
             page_size=page_size,
             num_blocks=-(-cache_tokens // page_size),
             max_batch_tokens=max_batch_tokens,
             max_requests_per_batch=max_batch_requests,
             max_blocks_per_request=0,
-            allow_block_sharing=False,
+            allow_block_sharing=owner_of is not None,
             use_async_batching=False,
             use_cuda_graph=False,
         )
@@ -95,6 +103,11 @@ class Batching:
         """Steps that have begun."""
         self._num_ended = 0
         self.last_step_at = time.monotonic()
+
+    @property
+    def num_shared_tokens(self) -> int:
+        """Prompt tokens that were found in the cache."""
+        return 0 if self._prefixes is None else self._prefixes.num_tokens
 
     def start(self) -> None:
         """Start the loop."""
@@ -184,6 +197,8 @@ class Batching:
         in_loop = self._manager._generation_thread is threading.current_thread()
         if processor is None or not in_loop:
             return
+        if self._prefixes is None and self._owner_of is not None:  # no page is filled before this
+            self._prefixes = SharedPrefixes(processor.cache, self._owner_of)
         batch = processor.inputs_and_outputs.requests_in_batch
         self.num_steps += 1  # before it is asked who runs: see Engine._leave
         self._route([(request.state.request_id, request.query_length) for request in batch])

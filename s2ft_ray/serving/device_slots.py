@@ -63,6 +63,7 @@ class DeviceSlots:
         """[R]: the column or row of its module's weight that each row changes."""
         self._row_bytes = row_bytes
         self._slots: dict[AdapterKey, Slot] = {}
+        self.num_evictions = 0
 
     @property
     def size_bytes(self) -> int:
@@ -127,6 +128,7 @@ class DeviceSlots:
         for slot in evicted:  # those that are in nobody's way stay, and so do all if it was in vain
             if start is None or slot.start >= start + needed or slot.start + slot.length <= start:
                 self._slots[slot.key] = slot
+        self.num_evictions += sum(slot.key not in self._slots for slot in evicted)
         if start is None:
             return None
         parts, at = {}, start

@@ -10,7 +10,15 @@ one event loop; the steps run in a thread of their own.
 import asyncio
 import threading
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Coroutine, Iterator, Sequence
+from collections.abc import (
+    AsyncGenerator,
+    AsyncIterator,
+    Callable,
+    Coroutine,
+    Hashable,
+    Iterator,
+    Sequence,
+)
 from contextlib import aclosing, asynccontextmanager, contextmanager
 from dataclasses import dataclass, replace
 from typing import Any, Literal, TypeVar
@@ -49,6 +57,8 @@ class _Running:
 
     sampler: RequestSampler
     slot: Slot | None
+    owner: tuple[str | None, AdapterKey | None, bool]
+    """Whose pages of the cache it shares: its tenant's, its adapter's, mixed or dedicated."""
 
 
 @dataclass(frozen=True)
@@ -63,7 +73,11 @@ class EngineStats:
     num_loads: int
     num_hits: int
     num_misses: int
+    num_evictions: int
+    """Of adapters from the device, for others."""
     num_steps: int
+    num_shared_tokens: int
+    """Of prompts, that were found in the KV cache."""
     on_device: tuple[AdapterKey, ...]
 
 
@@ -93,12 +107,14 @@ class Engine:
         max_batch_tokens: int = 512,
         max_batch_requests: int = 64,
         page_size: int = 32,
+        share_prefixes: bool = True,
         stuck_after_s: float = 60.0,
     ) -> None:
         """Take a plain base over. `load` fetches an adapter by its key, in a thread.
 
         Bytes are of the device (`slot_bytes`) and of host memory. A request's prompt and output
-        together must fit `cache_tokens`, which all requests share.
+        together must fit `cache_tokens`, which all requests share; with `share_prefixes` one that
+        begins like another of its tenant and adapter computes only the rest.
         """
         self._model = model.eval().requires_grad_(False)
         self._eos_token_ids = _eos_token_ids(model, tokenizer)
@@ -114,6 +130,7 @@ class Engine:
             model,
             self._choose,
             self._route,
+            self._owner_of if share_prefixes else None,
             cache_tokens=cache_tokens,
             max_batch_tokens=max_batch_tokens,
             max_batch_requests=max_batch_requests,
@@ -160,7 +177,8 @@ class Engine:
         async with self._in_use(request.adapter, request.tenant) as slot:
             sampler = RequestSampler(params, grammar)
             # closed with this one, not when it is collected: a client that left is cancelled now
-            async with aclosing(self._run(request, _Running(sampler, slot))) as outputs:
+            owner = (request.tenant, request.adapter, slot is None)
+            async with aclosing(self._run(request, _Running(sampler, slot, owner))) as outputs:
                 async for output in outputs:
                     yield output
 
@@ -228,6 +246,11 @@ class Engine:
 
         await _to_its_end(switch())
 
+    @property
+    def dedicated(self) -> AdapterKey | None:
+        """The adapter that is in the base's weights."""
+        return None if self._dedicated is None else self._dedicated[0]
+
     def drop(self, key: AdapterKey) -> None:
         """Forget an adapter; its running requests end on it."""
         self._residency.drop(key)
@@ -255,7 +278,9 @@ class Engine:
             num_loads=self._store.num_loads,
             num_hits=self._residency.num_hits,
             num_misses=self._residency.num_misses,
+            num_evictions=self._slots.num_evictions,
             num_steps=self._batching.num_steps,
+            num_shared_tokens=self._batching.num_shared_tokens,
             on_device=tuple(slot.key for slot in self._slots),
         )
 
@@ -363,6 +388,10 @@ class Engine:
                 self._batching.cancel(request.request_id)
 
     # In the loop's thread
+
+    def _owner_of(self, request_id: str) -> Hashable | None:
+        running = self._running.get(request_id)
+        return None if running is None else running.owner
 
     def _route(self, batch: list[tuple[str, int]]) -> None:
         """Tell the layers whose tokens come: (request id, tokens) in the batch's order."""
