@@ -1,17 +1,20 @@
 """MLflow, and nothing else of the package knows it: runs, registered adapters, the flavour."""
 
 from s2ft_ray.registry.aliases import (
+    PLACEMENTS,
     AliasedModel,
     AliasMove,
     list_models,
     note_rejected,
     note_served,
+    place,
     promote,
     rollback,
 )
 from s2ft_ray.registry.connection import default_tracking_uri
 from s2ft_ray.registry.deltas import ModuleDelta, measure_deltas
 from s2ft_ray.registry.evaluations import log_evaluation
+from s2ft_ray.registry.kept import forget_kept, trim_kept
 from s2ft_ray.registry.lineage import Parent, resolve_parent
 from s2ft_ray.registry.names import ModelRef, check_alias, check_name, parse_ref
 from s2ft_ray.registry.resolution import (
@@ -24,6 +27,7 @@ from s2ft_ray.registry.tracking import TrackedRun, deliver_run
 from s2ft_ray.registry.versions import RegisteredVersion, register_adapter
 
 __all__ = [
+    "PLACEMENTS",
     "AliasMove",
     "AliasedModel",
     "LocatedAdapter",
@@ -37,6 +41,7 @@ __all__ = [
     "check_name",
     "default_tracking_uri",
     "deliver_run",
+    "forget_kept",
     "list_models",
     "locate_adapter",
     "log_evaluation",
@@ -44,9 +49,11 @@ __all__ = [
     "note_rejected",
     "note_served",
     "parse_ref",
+    "place",
     "promote",
     "register_adapter",
     "resolve_adapter",
     "resolve_parent",
     "rollback",
+    "trim_kept",
 ]

@@ -5,11 +5,11 @@ that the move can be taken back. What serving found out about a version is noted
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from mlflow import MlflowClient
 
-from s2ft_ray.errors import AdapterError
+from s2ft_ray.errors import AdapterError, ConfigError
 from s2ft_ray.registry.connection import connect, default_tracking_uri, reaching
 from s2ft_ray.registry.names import DEFAULT_ALIAS, ModelRef, check_alias, check_name
 from s2ft_ray.registry.resolution import find_version
@@ -17,7 +17,9 @@ from s2ft_ray.registry.resolution import find_version
 _PREVIOUS = "s2ft.previous."  # on a model, by alias: the version that it pointed to before
 _SERVED = "s2ft.served."  # on a model, by alias: the last version that serving has accepted
 _SHARED = "s2ft.shared_with"  # on a model: tenants that may call it, separated by commas; * all
+_PLACED = "s2ft.placed."  # on a model, by alias: how it is kept on the replicas
 _REJECTED = "s2ft.rejected"  # on a version: why serving gives it no traffic
+PLACEMENTS = ("warm", "pinned", "dedicated")
 _PAGE = 1000
 
 
@@ -32,6 +34,8 @@ class AliasedModel:
     """By alias: the last version that serving has accepted."""
     shared_with: frozenset[str]
     """Tenants beside the owner; ``*``: everyone."""
+    placements: Mapping[str, str] = field(default_factory=dict)
+    """By alias: ``warm``, ``pinned`` or ``dedicated``; those that come and go are not in it."""
 
 
 @dataclass(frozen=True)
@@ -58,6 +62,7 @@ def list_models(tracking_uri: str | None = None) -> list[AliasedModel]:
                     aliases={alias: int(version) for alias, version in model.aliases.items()},
                     served=_by_alias(model.tags, _SERVED),
                     shared_with=_tenants(model.tags.get(_SHARED, "")),
+                    placements=_placements(model.tags),
                 )
                 for model in page
             ]
@@ -111,6 +116,25 @@ def move_alias(client: MlflowClient, name: str, alias: str, version: int) -> Non
     _move(client, name, alias, version, None if before is None else int(before))
 
 
+def place(name: str, alias: str, placement: str | None, tracking_uri: str | None = None) -> None:
+    """Say how serving keeps what `alias` points to; None: as it comes and goes.
+
+    Raises ConfigError for what is no placement, and what `promote` raises.
+    """
+    check_name(name)
+    check_alias(alias)
+    if placement is not None and placement not in PLACEMENTS:
+        raise ConfigError(f"{placement!r} is no placement; take one of {', '.join(PLACEMENTS)}")
+    uri = tracking_uri or default_tracking_uri()
+    with reaching(uri, f"{name}: {alias} can't be placed"):
+        client = connect(uri)
+        find_version(client, ModelRef(name, alias=alias))
+        if placement is not None:
+            client.set_registered_model_tag(name, _PLACED + alias, placement)
+        elif _PLACED + alias in client.get_registered_model(name).tags:
+            client.delete_registered_model_tag(name, _PLACED + alias)
+
+
 def note_served(name: str, alias: str, version: int, tracking_uri: str) -> None:
     """Remember the version that took an alias's traffic: what a restarted service falls back to."""
     with reaching(tracking_uri, f"{name}: can't be marked"):
@@ -141,6 +165,14 @@ def _by_alias(tags: Mapping[str, str], prefix: str) -> dict[str, int]:
         key.removeprefix(prefix): int(value)
         for key, value in tags.items()
         if key.startswith(prefix) and value.isdecimal()
+    }
+
+
+def _placements(tags: Mapping[str, str]) -> dict[str, str]:
+    return {
+        key.removeprefix(_PLACED): value
+        for key, value in tags.items()
+        if key.startswith(_PLACED) and value in PLACEMENTS
     }
 
 

@@ -3,6 +3,7 @@
 Invariant: an answer is the version that was named or none; nothing falls back to another version.
 """
 
+import errno
 import os
 import tempfile
 from collections.abc import Iterable
@@ -15,7 +16,6 @@ from mlflow.exceptions import MlflowException
 from mlflow.models import Model
 from mlflow.pyfunc import DATA, FLAVOR_NAME
 
-from s2ft_ray.config import s2ft_home
 from s2ft_ray.errors import AdapterError, ConfigError
 from s2ft_ray.registry.connection import (
     connect,
@@ -24,6 +24,7 @@ from s2ft_ray.registry.connection import (
     is_missing,
     reaching,
 )
+from s2ft_ray.registry.kept import kept_folder, note_read, trim_kept
 from s2ft_ray.registry.names import DEFAULT_ALIAS, ModelRef, parse_ref
 
 _MAX_LISTED = 200
@@ -106,21 +107,38 @@ def adapter_folder(client: MlflowClient, version: ModelVersion) -> Path:
     uri = client.get_model_version_download_uri(version.name, version.version)
     if uri.startswith(("file:", "/")):
         return _data_folder(download(client, uri))
-    kept = s2ft_home().joinpath("adapters", version.name, _kept_name(version))
+    fingerprint = version.tags.get("fingerprint", "unknown")
+    kept = kept_folder(version.name, version.version, fingerprint)
+    note_read(kept)
     if not kept.exists():
-        kept.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=kept.parent) as scratch:
-            folder = _data_folder(download(client, uri, scratch))
-            try:
-                os.rename(folder, kept)
-            except OSError:
-                if not kept.exists():  # else another process was quicker, with the same files
-                    raise
+        try:
+            _fetch(client, uri, kept)
+        except (OSError, MlflowException) as error:
+            if not _is_disk_full(error):
+                raise
+            trim_kept(0)  # it holds nothing that can't be fetched again
+            _fetch(client, uri, kept)
     return kept
 
 
-def _kept_name(version: ModelVersion) -> str:
-    return f"{version.version}-{version.tags.get('fingerprint', 'unknown')[:16]}"
+def _fetch(client: MlflowClient, uri: str, kept: Path) -> None:
+    kept.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=kept.parent) as scratch:
+        folder = _data_folder(download(client, uri, scratch))
+        try:
+            os.rename(folder, kept)
+        except OSError:
+            if not kept.exists():  # else another process was quicker, with the same files
+                raise
+
+
+def _is_disk_full(error: BaseException | None) -> bool:
+    """Tell whether an error, or what it came from, is a full disk or quota."""
+    while error is not None:
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
 
 
 def _data_folder(model: Path) -> Path:

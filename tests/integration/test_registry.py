@@ -34,6 +34,7 @@ from s2ft_ray.method import Adapter
 from s2ft_ray.registry import (
     RegisteredVersion,
     TrackedRun,
+    forget_kept,
     register_adapter,
     resolve_adapter,
     resolve_parent,
@@ -295,8 +296,14 @@ def test_files_behind_a_servers_proxy_are_fetched_once(
     found = resolve_adapter(NAME, server.url)
     assert found.folder.is_relative_to(home / "adapters")
     assert Adapter.load(found.folder).fingerprint == done.fingerprint
-    stamp = found.folder.stat().st_mtime_ns
-    assert resolve_adapter(NAME, server.url).folder.stat().st_mtime_ns == stamp
+    file = found.folder / "adapter_config.json"
+    stamp = file.stat().st_ino
+    assert resolve_adapter(NAME, server.url).folder == found.folder
+    assert file.stat().st_ino == stamp
+    assert forget_kept(found.folder)
+    assert not file.exists()
+    resolve_adapter(NAME, server.url)
+    assert Adapter.load(found.folder).fingerprint == done.fingerprint
 
 
 def test_a_parent_is_found_by_name_and_by_folder(home: Path, base: Path) -> None:

@@ -12,6 +12,7 @@ from s2ft_ray.registry import (
     list_models,
     note_rejected,
     note_served,
+    place,
     promote,
     rollback,
 )
@@ -71,6 +72,19 @@ def test_serving_notes_what_it_served_and_what_it_refused(uri: str) -> None:
     assert model.served == {"champion": 2}
     assert model.shared_with == {"globex", "initech"}
     assert client.get_model_version(NAME, "3").tags["s2ft.rejected"] == "canary: off"
+
+
+def test_a_placement_is_kept_with_its_alias(uri: str) -> None:
+    promote(NAME, 1)
+    place(NAME, "champion", "pinned")
+    assert list_models(uri)[0].placements == {"champion": "pinned"}
+    for _ in range(2):
+        place(NAME, "champion", None)
+        assert list_models(uri)[0].placements == {}
+    with pytest.raises(ConfigError, match="take one of warm, pinned, dedicated"):
+        place(NAME, "champion", "hot")
+    with pytest.raises(AdapterError, match="has no alias trial"):
+        place(NAME, "trial", "warm")
 
 
 def test_a_registry_that_is_away_is_told() -> None:

@@ -1,0 +1,70 @@
+"""The disk cache: adapters that were fetched from the registry, kept for the next time.
+
+``$S2FT_HOME/adapters/<name>/<version>-<fingerprint>``: a version never changes, so what is here is
+right; it is checked by its fingerprint whenever it is read. Invariant: removing any of it costs
+another fetch and nothing else.
+"""
+
+import os
+import re
+import shutil
+import uuid
+from pathlib import Path
+
+from s2ft_ray.config import s2ft_home
+
+_KEPT = re.compile(r"\d+-[0-9a-z]+\Z")  # not what is being fetched, nor what is being removed
+
+
+def kept_folder(name: str, version: str, fingerprint: str) -> Path:
+    """Return where a fetched version is kept, whether it is or not."""
+    return s2ft_home() / "adapters" / name / f"{version}-{fingerprint[:16]}"
+
+
+def note_read(folder: Path) -> None:
+    """Remember that an adapter was wanted now, so that others are removed before it."""
+    if folder.exists():
+        os.utime(folder)
+
+
+def trim_kept(size_bytes: int) -> int:
+    """Remove the adapters that were wanted longest ago until the rest fits; return what it takes.
+
+    The one that was wanted last stays, whatever its size.
+    """
+    kept = []
+    for folder in s2ft_home().joinpath("adapters").glob("*/*"):
+        if _KEPT.match(folder.name):
+            try:
+                kept.append((folder.stat().st_mtime_ns, _size_bytes(folder), folder))
+            except FileNotFoundError:  # another process has removed it
+                continue
+    used = sum(size for _, size, _ in kept)
+    for _, size, folder in sorted(kept)[:-1]:
+        if used <= size_bytes:
+            break
+        _remove(folder)
+        used -= size
+    return used
+
+
+def forget_kept(folder: Path) -> bool:
+    """Remove a damaged copy, so that it is fetched again; False where `folder` is the original."""
+    if not folder.is_relative_to(s2ft_home() / "adapters"):
+        return False
+    _remove(folder)
+    return True
+
+
+def _remove(folder: Path) -> None:
+    # out of the way first: who looks meanwhile finds all of it or nothing
+    gone = folder.with_name(f"removed-{uuid.uuid4().hex}")
+    try:
+        folder.rename(gone)
+    except FileNotFoundError:
+        return
+    shutil.rmtree(gone, ignore_errors=True)
+
+
+def _size_bytes(folder: Path) -> int:
+    return sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
