@@ -34,6 +34,17 @@ def add_commands(commands: "argparse._SubParsersAction[argparse.ArgumentParser]"
     action.add_argument("--json", action="store_true", help="the same facts for a program")
     action.set_defaults(run=_list_adapters)
 
+    action = actions.add_parser("place", help="keep an adapter warm, pinned, or alone on its base")
+    action.add_argument("model", metavar="NAME")
+    action.add_argument(
+        "placement",
+        choices=("warm", "pinned", "dedicated", "free"),
+        help="warm: loaded before it is asked for; pinned: never evicted; dedicated: in the base's"
+        " weights, at no cost, and nothing else is served of that base; free: as it comes and goes",
+    )
+    action.add_argument("--alias", default="champion")
+    action.set_defaults(run=_place)
+
     command = commands.add_parser("chat", help="talk to a served model")
     command.add_argument("model", metavar="NAME", help="<tenant>.<name>[@alias|:version] or a base")
     _add_url(command)
@@ -121,10 +132,11 @@ def _list_adapters(args: argparse.Namespace) -> int:
         used = "-" if last is None else datetime.fromtimestamp(last, UTC).isoformat(" ", "seconds")
         size, rate = adapter["bytes"], adapter["requests_per_minute"]
         name, version, tier = adapter["name"], adapter["version"], adapter["tier"]
-        counts = str(adapter["running"]), str(rate)
-        rows.append((name, str(version), adapter["base"], tier, f"{size:,}", used, *counts))
-    header = ("ADAPTER", "VERSION", "BASE", "TIER", "BYTES", "LAST USED", "RUNNING", "REQUESTS/MIN")
-    print_table(header, rows)
+        counts = str(adapter["running"]), str(rate), adapter["placement"] or "-"
+        where = adapter["base"], adapter["replica"]
+        rows.append((name, str(version), *where, tier, f"{size:,}", used, *counts))
+    header = "ADAPTER VERSION BASE REPLICA TIER BYTES LAST_USED RUNNING REQUESTS/MIN PLACEMENT"
+    print_table([name.replace("_", " ") for name in header.split()], rows)
     return 0
 
 
@@ -149,6 +161,15 @@ def _promote(args: argparse.Namespace) -> int:
     move = promote(args.model, args.version, args.alias)
     before = "" if move.before is None else f", was {move.before}"
     print(f"{move.name}@{move.alias} is version {move.version}{before}")
+    return 0
+
+
+def _place(args: argparse.Namespace) -> int:
+    _become_registry_client()
+    from s2ft_ray.registry import place
+
+    place(args.model, args.alias, None if args.placement == "free" else args.placement)
+    print(f"{args.model}@{args.alias} is {args.placement}")
     return 0
 
 

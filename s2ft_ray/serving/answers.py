@@ -52,9 +52,12 @@ class Answer:
         tokenizer: PreTrainedTokenizerBase,
         prompt_ids: Sequence[int],
         stops: Sequence[str] = (),
+        tells_end: bool = False,
     ) -> None:
+        """With `tells_end` the end token is among the tokens, without a text."""
         self._detokenizer = Detokenizer(tokenizer, prompt_ids)
         self._stops = StopMatcher(stops)
+        self._tells_end = tells_end
         self._num_decoded = 0  # characters out of the detokenizer
         self._num_released = 0  # of them, those that went out
         self._held: list[TokenLogprob] = []
@@ -74,7 +77,8 @@ class Answer:
         if ends:
             text += self._detokenizer.finish()
         self._num_decoded += len(text)
-        if text or output.finish_reason != "stop":  # an end token is no part of the answer
+        # an end token is no part of the answer's text
+        if text or output.finish_reason != "stop" or self._tells_end:
             self._held.append(
                 TokenLogprob(output.token_id, output.logprob, output.top_logprobs, start)
             )

@@ -7,7 +7,7 @@ before the body is read.
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from importlib.metadata import version
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from fastapi import Depends, FastAPI, Path, Request, Response
 from fastapi.exceptions import RequestValidationError
@@ -17,10 +17,11 @@ from pydantic import Field
 from starlette.exceptions import HTTPException
 
 from s2ft_ray.serving.access import Access, require_operator
-from s2ft_ray.serving.boundary import Boundary, error_response
+from s2ft_ray.serving.boundary import WEBHOOK_PATH, Boundary, error_response
 from s2ft_ray.serving.exposition import read_metrics
 from s2ft_ray.serving.schemas import ChatRequest, CompletionRequest, Wire
 from s2ft_ray.serving.service import Caller, Service
+from s2ft_ray.serving.webhooks import WebhookSecret
 from s2ft_ray.serving.wire_errors import ApiError, describe_faults
 
 _JSON = "application/json"
@@ -50,6 +51,13 @@ class Promotion(Wire):
     alias: Alias = "champion"
 
 
+class Place(Wire):
+    """How an alias is kept on the replicas; null: as it comes and goes."""
+
+    placement: Literal["warm", "pinned", "dedicated"] | None
+    alias: Alias = "champion"
+
+
 class Rollback(Wire):
     """Which alias goes back to where it stood."""
 
@@ -70,7 +78,13 @@ _ERRORS: dict[int | str, dict[str, Any]] = {
 }
 
 
-def build_api(service: Service, access: Access, *, sends_id: bool = True) -> FastAPI:
+def build_api(
+    service: Service,
+    access: Access,
+    webhooks: WebhookSecret | None = None,
+    *,
+    sends_id: bool = True,
+) -> FastAPI:
     """Return the ASGI application; `sends_id`: no proxy in front adds x-request-id."""
 
     @asynccontextmanager
@@ -84,6 +98,7 @@ def build_api(service: Service, access: Access, *, sends_id: bool = True) -> Fas
     )
     _add_openai(api, service)
     _add_operation(api, service)
+    _add_webhook(api, service, webhooks)
     api.add_exception_handler(ApiError, _refuse)
     api.add_exception_handler(RequestValidationError, _refuse_invalid)
     api.add_exception_handler(HTTPException, _refuse_http)
@@ -130,6 +145,13 @@ def _add_operation(api: FastAPI, service: Service) -> None:
         return {"model": move.name, "alias": move.alias, "version": move.version,
                 "before": move.before}  # fmt: skip
 
+    @api.post("/v1/models/{model}/place", dependencies=_KEYED)
+    async def place(model: str, body: Place, caller: Asking) -> dict[str, Any]:
+        """Keep what an alias points to warm, pinned or alone on its base: an operator's."""
+        require_operator(caller.principal)
+        await service.place(model, body.alias, body.placement)
+        return {"model": model, "alias": body.alias, "placement": body.placement}
+
     @api.get("/v1/adapters", dependencies=_KEYED)
     async def list_adapters(caller: Asking) -> dict[str, Any]:
         """List what the replicas hold: an operator's."""
@@ -150,6 +172,17 @@ def _add_operation(api: FastAPI, service: Service) -> None:
             message = f"no answer from {', '.join(silent)}"
             return error_response(ApiError(503, message, retry_after_s=5))
         return JSONResponse({"status": "ok"})
+
+
+def _add_webhook(api: FastAPI, service: Service, secret: WebhookSecret | None) -> None:
+    @api.post(WEBHOOK_PATH)
+    async def hear(request: Request) -> dict[str, Any]:
+        """Take a signed delivery of MLflow's: the registry is looked at now."""
+        if secret is None:
+            raise ApiError(404, "This service takes no webhooks; set webhook_secret_file")
+        secret.check(request.headers, await request.body())
+        await service.wake()
+        return {"status": "ok"}
 
 
 async def _answer(

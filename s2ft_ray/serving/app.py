@@ -24,13 +24,14 @@ from s2ft_ray.registry import AliasMove, ModelRef, default_tracking_uri
 from s2ft_ray.serving.access import Access
 from s2ft_ray.serving.api import build_api
 from s2ft_ray.serving.catalog import Catalog
-from s2ft_ray.serving.handles import BaseHandle, WatcherHandle
+from s2ft_ray.serving.handles import WATCHER, BaseHandle, WatcherHandle
 from s2ft_ray.serving.metrics import RequestMetrics
 from s2ft_ray.serving.replica import Replica
 from s2ft_ray.serving.routes import Route
 from s2ft_ray.serving.service import Service
 from s2ft_ray.serving.settings import BaseSettings, ServingSettings
 from s2ft_ray.serving.watcher import RejectedError, Watcher
+from s2ft_ray.serving.webhooks import WebhookSecret
 from s2ft_ray.serving.wire_errors import ApiError
 
 APP_NAME = "s2ft"
@@ -77,6 +78,18 @@ class WatcherDeployment:
         except (AdapterError, ConfigError, JobError) as error:
             return _refused(error)
 
+    async def place(self, name: str, alias: str, placement: str | None) -> ApiError | None:
+        """Say how an alias is kept on the replicas."""
+        try:
+            await self._watcher.place(name, alias, placement)
+        except (AdapterError, ConfigError, JobError) as error:
+            return _refused(error)
+        return None
+
+    async def wake(self) -> None:
+        """Look at the registry now."""
+        self._watcher.wake()
+
     async def check_health(self) -> None:
         """Begin to follow the registry; raise where that has ended."""
         if self._following is None:
@@ -98,6 +111,8 @@ class Ingress:
             _check_loopback()
         accounts = None if settings.no_auth else Accounts(settings.database_url)
         self._access = Access(accounts)
+        path = settings.webhook_secret_file
+        self._webhooks = None if path is None else WebhookSecret.read(path)
         self._service = Service(
             settings,
             {base_id: BaseHandle(handle) for base_id, handle in bases.items()},
@@ -108,7 +123,7 @@ class Ingress:
     def __serve_build_asgi_app__(self) -> FastAPI:
         """Return what Serve mounts."""
         # Serve's proxy always adds x-request-id; a second one would reach clients as "id, id"
-        return build_api(self._service, self._access, sends_id=False)
+        return build_api(self._service, self._access, self._webhooks, sends_id=False)
 
 
 def build_app(settings: ServingSettings) -> serve.Application:
@@ -116,7 +131,7 @@ def build_app(settings: ServingSettings) -> serve.Application:
     bases = {base.model_id: _bind_base(base, settings) for base in settings.bases}
     watcher = serve.deployment(
         WatcherDeployment,
-        name="Watcher",
+        name=WATCHER,
         num_replicas=1,
         max_ongoing_requests=1000,
         ray_actor_options={"num_cpus": 0},

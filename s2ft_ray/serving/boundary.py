@@ -20,7 +20,8 @@ from s2ft_ray.serving.wire_errors import ApiError
 log = logging.getLogger("ray.serve")
 MAX_BODY_BYTES = 8 * 2**20
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,128}\Z")
-_OPEN = ("/healthz", "/openapi.json", "/docs", "/redoc")
+WEBHOOK_PATH = "/v1/webhooks/mlflow"
+_OPEN = (WEBHOOK_PATH, "/healthz", "/openapi.json", "/docs", "/redoc")
 
 
 class Boundary:

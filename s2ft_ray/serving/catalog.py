@@ -11,6 +11,7 @@ from typing import Any
 from s2ft_ray.accounts import Principal
 from s2ft_ray.errors import ConfigError
 from s2ft_ray.registry import ModelRef, parse_ref
+from s2ft_ray.serving.requests import AdapterKey
 from s2ft_ray.serving.routes import Route
 from s2ft_ray.serving.wire_errors import ApiError, model_not_found
 
@@ -29,6 +30,10 @@ class CatalogModel:
     """By alias."""
     rejected: Mapping[str, str] = field(default_factory=dict)
     """By alias: why its newest version takes no traffic."""
+    placements: Mapping[str, str] = field(default_factory=dict)
+    """By alias: how its live version is kept on the replicas."""
+    waiting: Mapping[str, str] = field(default_factory=dict)
+    """By alias: why its version couldn't be checked yet; it is tried again."""
 
     @property
     def tenant(self) -> str:
@@ -83,8 +88,28 @@ class Catalog:
             return ref
         alias = ref.alias or DEFAULT_ALIAS
         if alias not in model.live:
+            if alias in model.waiting:
+                raise self._unknown_yet(model_id, model.waiting[alias])
             raise self._not_live(model_id, model, alias)
         return model.live[alias]
+
+    def placed(self, base_id: str) -> dict[AdapterKey, tuple[Route, str]]:
+        """Return the live adapters of a base that have a placement, sorted by name.
+
+        A base can be dedicated to one: where several are to be, the others are pinned.
+        """
+        found: dict[AdapterKey, tuple[Route, str]] = {}
+        is_dedicated = False
+        for _, model in sorted(self.models.items()):
+            for alias, placement in sorted(model.placements.items()):
+                route = model.live.get(alias)
+                if route is None or route.adapter is None or route.base_id != base_id:
+                    continue
+                if placement == "dedicated" and is_dedicated:
+                    placement = "pinned"
+                is_dedicated |= placement == "dedicated"
+                found[route.adapter] = (route, placement)
+        return found
 
     def _not_live(self, model_id: str, model: CatalogModel, alias: str) -> ApiError:
         if alias in model.rejected:
@@ -94,8 +119,8 @@ class Catalog:
         known = ", ".join(sorted(model.live)) or "none"
         return model_not_found(model_id, f"no alias {alias}, there is {known}")
 
-    def _unknown_yet(self, model_id: str) -> ApiError:
-        reason = self.problem or "it has not been read yet"
+    def _unknown_yet(self, model_id: str, reason: str | None = None) -> ApiError:
+        reason = reason or self.problem or "it has not been read yet"
         return ApiError(
             503,
             f"The model `{model_id}` can't be looked up in the registry now: {reason}",

@@ -23,7 +23,7 @@ from s2ft_ray.serving.bodies import (
     usage_chunk,
     whole,
 )
-from s2ft_ray.serving.detokenizer import TokenTexts, decode
+from s2ft_ray.serving.detokenizer import Detokenizer, TokenTexts, decode
 from s2ft_ray.serving.prompts import Limits, answer_tokens, encode_chat, encode_prompts
 from s2ft_ray.serving.requests import (
     AdapterKey,
@@ -137,7 +137,10 @@ class _Run:
             asked, default = request.max_tokens, _COMPLETION_TOKENS
         most = answer_tokens(self._prompts, asked, default, limits)
         each = [prompt for prompt in self._prompts for _ in range(request.num_choices)]
-        self.answers = [Answer(tokenizer, prompt, request.stops) for prompt in each]
+        # completions tell the end token's logprob, as OpenAI's do: lm_eval counts on a token more
+        # than the prompt has
+        tells_end = isinstance(request, CompletionRequest)
+        self.answers = [Answer(tokenizer, prompt, request.stops, tells_end) for prompt in each]
         self._requests = [
             GenerationRequest(
                 request_id=f"{served.request_id}-{index}",
@@ -173,10 +176,10 @@ class _Run:
             return Piece(text, finish_reason=finish_reason)
         adapter = self._served.route.adapter
         scored = await self._engine.score(ids, adapter, request.logprobs)
-        tokens = []
-        for place, token in enumerate(scored):
-            offset = len(decode(self._tokenizer, ids[:place]))
+        tokens, offset, detokenizer = [], 0, Detokenizer(self._tokenizer, ())
+        for token in scored:
             tokens.append(TokenLogprob(token.token_id, token.logprob, token.top_logprobs, offset))
+            offset += len(detokenizer.push(token.token_id))
         self.answers[index].follow(text)
         return Piece(text, tokens, finish_reason)
 

@@ -17,6 +17,11 @@ from s2ft_ray.serving.routes import Route, ServedRequest
 from s2ft_ray.serving.service import ReplicaLostError
 from s2ft_ray.serving.wire_errors import ApiError
 
+WATCHER = "Watcher"
+"""The watcher's deployment."""
+_ALL_TIMEOUT_S = 10.0
+"""For an answer of every replica."""
+
 
 class BaseHandle:
     """The replicas of one base."""
@@ -55,8 +60,10 @@ class BaseHandle:
         await self._handle.ping.remote()
 
     async def adapters(self) -> list[dict[str, Any]]:
-        """Return what a replica holds of each adapter."""
-        return cast(list[dict[str, Any]], await self._handle.adapters.remote())
+        """Return what each replica holds of each adapter; one that is dying tells nothing."""
+        asked = self._handle.broadcast("adapters")
+        told = await asked.results_async(timeout_s=_ALL_TIMEOUT_S, return_exceptions=True)
+        return [adapter for held in told if isinstance(held, list) for adapter in held]
 
     async def describe(self) -> Route:
         """Return the route to the base alone."""
@@ -67,8 +74,9 @@ class BaseHandle:
         return cast(str | None, await self._handle.check.remote(route))
 
     async def release(self, key: AdapterKey) -> None:
-        """Drop an adapter once no request uses it."""
-        await self._handle.release.remote(key)
+        """Have every replica drop an adapter once no request uses it."""
+        asked = self._handle.broadcast("release", key)
+        await asked.results_async(timeout_s=_ALL_TIMEOUT_S, return_exceptions=True)
 
 
 class WatcherHandle:
@@ -89,6 +97,15 @@ class WatcherHandle:
         """Move an alias."""
         moved = await self._handle.promote.remote(name, version, alias)
         return cast(AliasMove | ApiError, moved)
+
+    async def place(self, name: str, alias: str, placement: str | None) -> ApiError | None:
+        """Say how an alias is kept on the replicas."""
+        placed = await self._handle.place.remote(name, alias, placement)
+        return cast(ApiError | None, placed)
+
+    async def wake(self) -> None:
+        """Have it look at the registry now."""
+        await self._handle.wake.remote()
 
     async def rollback(self, name: str, alias: str) -> AliasMove | ApiError:
         """Move an alias back."""

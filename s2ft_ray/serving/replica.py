@@ -13,14 +13,18 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from ray import serve
+
 from s2ft_ray.bases import load_base_model, load_tokenizer
-from s2ft_ray.errors import AdapterError, ConfigError, S2FTError
+from s2ft_ray.errors import AdapterError, ConfigError, S2FTError, ServingError
 from s2ft_ray.method import Adapter, base_fingerprint
-from s2ft_ray.registry import resolve_adapter
+from s2ft_ray.registry import forget_kept, resolve_adapter, trim_kept
 from s2ft_ray.serving import canary
 from s2ft_ray.serving.engine import Engine
 from s2ft_ray.serving.generation import Generator
+from s2ft_ray.serving.handles import WATCHER, WatcherHandle
 from s2ft_ray.serving.metrics import TokenMetrics
+from s2ft_ray.serving.placements import Placements, check_undedicated
 from s2ft_ray.serving.prompts import Limits
 from s2ft_ray.serving.requests import AdapterKey
 from s2ft_ray.serving.routes import Route, ServedRequest
@@ -38,6 +42,7 @@ class Replica:
     def __init__(self, base: BaseSettings, settings: ServingSettings) -> None:
         self._base_id = base.model_id
         self._tracking_uri = settings.tracking_uri
+        self._disk_bytes = settings.adapter_disk_bytes
         self._base = base
         self._folders: dict[AdapterKey, str] = {}
         self._templates: dict[str, str] = {}
@@ -49,15 +54,17 @@ class Replica:
         self._fingerprint = base_fingerprint(model)
         tokenizer = load_tokenizer(base.model)
         self._reference = canary.MergedReference(model)
-        self._checking = asyncio.Lock()
         self._engine = Engine(
             model,
             tokenizer,
             self._load,
             slot_bytes=base.adapter_slot_bytes,
             host_bytes=base.adapter_host_bytes,
+            share_prefixes=base.share_prefixes,
         )
         self._engine.start()
+        self._checking = asyncio.Lock()
+        self._placements = Placements(self._engine, self._base_id, self._remember, self._checking)
         self._limits = Limits(
             context_tokens=self._engine.max_tokens,
             output_tokens=settings.max_output_tokens,
@@ -66,7 +73,7 @@ class Replica:
         self._metrics = TokenMetrics()
         self._generator = Generator(self._engine, tokenizer, self._limits, self._metrics)
         self._loaded_at = time.time()
-        self._reporting: asyncio.Task[None] | None = None
+        self._tasks: list[asyncio.Task[None]] = []
 
     def describe(self) -> Route:
         """Return the route to the base alone."""
@@ -101,15 +108,24 @@ class Replica:
             self._remember(route)
             await self._template(route)
             adapter = await asyncio.to_thread(self._load, key)
-            prompt = canary.prompt_of(self._limits.vocab_size)
-            async with self._checking:
-                merged = await asyncio.to_thread(self._reference.logprobs, adapter, prompt)
-            served = await self._engine.score(prompt, key, 0)
-            canary.compare(served, merged, self._dtype)
+            await self._try(key, adapter)
+        except ServingError:
+            raise  # of the engine or its memory: no fault of the adapter
         except S2FTError as error:
             await self.release(key)
             return " ".join(str(error).split())
         return None
+
+    async def _try(self, key: AdapterKey, adapter: Adapter) -> None:
+        await self._placements.give_way(key)
+        prompt = canary.prompt_of(self._limits.vocab_size)
+        async with self._checking:
+            if self._engine.dedicated == key:  # it has proven itself here, and is in the weights
+                return
+            check_undedicated(self._engine, key)
+            merged = await asyncio.to_thread(self._reference.logprobs, adapter, prompt)
+            served = await self._engine.score(prompt, key, 0)
+        canary.compare(served, merged, self._dtype)
 
     async def release(self, key: AdapterKey) -> None:
         """Drop an adapter once no request uses it."""
@@ -118,15 +134,17 @@ class Replica:
 
     async def adapters(self) -> list[dict[str, Any]]:
         """Return what the engine holds of each adapter."""
-        now = time.time()
+        now, replica = time.time(), serve.get_replica_context().replica_id.unique_id
         return [
             {
+                "replica": replica,
                 "name": resident.key.name,
                 "version": int(resident.key.version),
                 "fingerprint": resident.key.fingerprint,
                 "tier": resident.tier,
                 "bytes": resident.size_bytes,
                 "running": resident.num_running,
+                "placement": self._placements.placement_of(resident.key),
                 **self._uses.describe(resident.key, now),
             }
             for resident in self._engine.residents()
@@ -135,14 +153,15 @@ class Replica:
     async def check_health(self) -> None:
         """Raise where the engine is stuck or dead: Serve then replaces the replica."""
         self._engine.check_health()
-        if self._reporting is None:
-            self._reporting = asyncio.create_task(self._report())
+        if not self._tasks:
+            self._tasks = [asyncio.create_task(it) for it in (self._report(), self._follow())]
 
     async def __del__(self) -> None:
         self._engine.stop()
 
     async def _prepare(self, served: ServedRequest) -> ServedRequest:
         self._remember(served.route)
+        await self._placements.give_way(served.route.adapter)
         if served.route.adapter is not None:
             self._uses.count(served.route.adapter, time.time())
         if served.route.chat_template is None:
@@ -167,6 +186,17 @@ class Replica:
         folder = self._folders.get(key)
         if folder is None or not Path(folder, "adapter_config.json").is_file():
             folder = str(resolve_adapter(str(key), self._tracking_uri).folder)
+        try:
+            adapter = self._read(key, folder)
+        except AdapterError:
+            if not forget_kept(Path(folder)):
+                raise
+            log.warning("%s: its copy in %s is damaged; it is fetched again", key, folder)
+            adapter = self._read(key, str(resolve_adapter(str(key), self._tracking_uri).folder))
+        trim_kept(self._disk_bytes)
+        return adapter
+
+    def _read(self, key: AdapterKey, folder: str) -> Adapter:
         adapter = Adapter.load(folder)
         if adapter.fingerprint != key.fingerprint:
             raise AdapterError(
@@ -186,12 +216,27 @@ class Replica:
         model = served.identity.model
         if isinstance(error, ConfigError):
             return ApiError(400, " ".join(str(error).split()))
-        if isinstance(error, S2FTError):
+        if isinstance(error, S2FTError | MemoryError):
             log.warning("request %s: %s", served.request_id, error)
-            reason = " ".join(str(error).split())
+            reason = " ".join(str(error).split()) or "it is out of memory"
             return ApiError(503, f"The model `{model}` can't answer now: {reason}", retry_after_s=5)
         log.exception("request %s failed", served.request_id)
         return ApiError(500, f"The request failed inside the server; its id is {served.request_id}")
+
+    async def _follow(self) -> None:
+        """Keep what the catalog says: the watcher's own, asked as the ingress asks it."""
+        app, seen = serve.get_replica_context().app_name, ("", 0)
+        watcher: WatcherHandle | None = None
+        while True:
+            try:
+                if watcher is None:
+                    watcher = WatcherHandle(serve.get_deployment_handle(WATCHER, app))
+                catalog = await watcher.catalog(seen)
+                seen = catalog.revision
+                await self._placements.follow(catalog)
+            except Exception as error:  # noqa: BLE001 - the watcher starts later, or again
+                log.warning("the catalog can't be followed now: %r", error)
+                await asyncio.sleep(2.0)
 
     async def _report(self) -> None:
         while True:

@@ -12,7 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 MAX_CHOICES = 16
 MAX_PROMPTS = 64
-MAX_STOPS = 4
+MAX_STOPS = 16  # OpenAI takes 4; lm_eval's tasks have up to 8
 MAX_STOP_CHARS = 256
 MAX_TOP_LOGPROBS = 20
 MAX_MESSAGES = 2048
@@ -51,7 +51,7 @@ class SamplingRequest(Wire):
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     stop: StopText | Annotated[list[StopText], Field(max_length=MAX_STOPS)] | None = None
-    """Up to 4 texts at which the answer ends; they aren't part of it."""
+    """Up to 16 texts at which the answer ends; they aren't part of it."""
     max_tokens: Annotated[int, Field(ge=0, lt=2**31)] | None = None
     temperature: Annotated[float, Field(ge=0, le=2)] | None = None
     top_p: Annotated[float, Field(gt=0, le=1)] | None = None
@@ -148,6 +148,8 @@ class Message(Wire):
     role: Literal["system", "developer", "user", "assistant"]
     content: str | list[TextPart]
     name: str | None = None
+    type: Literal["text"] | None = None
+    """No part of OpenAI's API: lm_eval writes it into every turn."""
 
     @property
     def text(self) -> str:

@@ -10,7 +10,7 @@ import time
 import uuid
 from collections.abc import AsyncGenerator, AsyncIterator, Mapping
 from contextlib import aclosing, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol, TypeVar
 
 from s2ft_ray.accounts import Principal, Tenant
@@ -49,7 +49,7 @@ class BaseClient(Protocol):
         """Raise unless a replica answers and its engine works."""
 
     async def adapters(self) -> list[dict[str, Any]]:
-        """Return what a replica holds of each adapter."""
+        """Return what each replica holds of each adapter."""
 
 
 class WatcherClient(Protocol):
@@ -66,6 +66,12 @@ class WatcherClient(Protocol):
 
     async def rollback(self, name: str, alias: str) -> AliasMove | ApiError:
         """Move an alias back."""
+
+    async def place(self, name: str, alias: str, placement: str | None) -> ApiError | None:
+        """Say how an alias is kept on the replicas."""
+
+    async def wake(self) -> None:
+        """Have it look at the registry now."""
 
 
 class Counts(Protocol):
@@ -168,6 +174,14 @@ class Service:
         self._check_owner(name, caller)
         return _or_raise(await self._watcher.rollback(name, alias))
 
+    async def place(self, name: str, alias: str, placement: str | None) -> None:
+        """Say how an alias is kept on the replicas. Raises ApiError."""
+        _or_raise(await self._watcher.place(name, alias, placement))
+
+    async def wake(self) -> None:
+        """Have the registry looked at now."""
+        await self._watcher.wake()
+
     async def adapters(self) -> list[dict[str, Any]]:
         """Return what the replicas hold, by base."""
         return [
@@ -268,9 +282,16 @@ class Service:
         self._heard[base_id] = time.monotonic()
 
     async def _follow(self) -> None:
+        seen = self._catalog.revision
         while True:
             try:
-                self._catalog = await self._watcher.catalog(self._catalog.revision)
+                catalog = await self._watcher.catalog(seen)
+                seen = catalog.revision
+                # a watcher that was restarted knows nothing before its first pass
+                if catalog.is_ready or not self._catalog.is_ready:
+                    self._catalog = catalog
+                else:
+                    self._catalog = replace(self._catalog, problem=catalog.problem)
             except Exception as error:  # noqa: BLE001 - the watcher is being restarted
                 log.warning("the catalog can't be followed now: %r", error)
                 await asyncio.sleep(1.0)

@@ -17,7 +17,7 @@ class BaseSettings(Section):
     model: ModelConfig = ModelConfig()
     id: str | None = Field(default=None, min_length=1, max_length=512)
     """The name under which it is called; None: the model's name, or its folder's."""
-    min_replicas: int = Field(default=1, ge=0)
+    min_replicas: int = Field(default=1, ge=1)
     max_replicas: int = Field(default=1, ge=1)
     target_requests: int = Field(default=16, ge=1)
     """Requests at once in one replica, above which another replica is started."""
@@ -27,6 +27,8 @@ class BaseSettings(Section):
     """Requests that wait for a replica; more are refused with 429."""
     num_cpus: float = Field(default=1.0, ge=0)
     num_gpus: float = Field(default=0.0, ge=0)
+    share_prefixes: bool = True
+    """Prompts that begin alike, of one tenant and adapter, share what was computed for them."""
     adapter_slot_bytes: int = Field(default=256 * 2**20, ge=2**20)
     """Device memory of one replica for adapters."""
     adapter_host_bytes: int = Field(default=2**30, ge=2**20)
@@ -61,9 +63,14 @@ class ServingSettings(Section):
     """Answer without a key, as to an operator. `s2ft serve` allows it on loopback alone."""
     poll_s: float = Field(default=2.0, gt=0)
     """Between two looks at the registry."""
+    webhook_secret_file: str | None = None
+    """The secret of MLflow's webhooks; None: none are taken, and the poll finds every change."""
     request_timeout_s: float = Field(default=600.0, gt=0)
     max_output_tokens: int = Field(default=4096, ge=1)
     """Of one answer, whatever the request asks."""
+    adapter_disk_bytes: int = Field(default=16 * 2**30, ge=0)
+    """Disk of a node for adapters that were fetched from the registry; those on a folder that the
+    node mounts are read in place."""
     num_ingresses: int = Field(default=1, ge=1)
     """Tenants' limits are kept by each of them, so with more a tenant may have as many times."""
 

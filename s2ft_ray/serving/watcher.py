@@ -25,6 +25,7 @@ from s2ft_ray.registry import (
     list_models,
     note_rejected,
     note_served,
+    place,
     promote,
     resolve_adapter,
     rollback,
@@ -39,6 +40,11 @@ _RELEASE_AFTER_S = 30.0
 _REJECTED_S = 60.0
 """A rejected version is tried again after this: its fault may have been the replica's."""
 _LONG_POLL_S = 10.0
+_GATHER_S = 0.05
+"""Changes come in bursts (a tag, then the alias): one look is enough for them."""
+_CHECK_TIMEOUT_S = 120.0
+"""A replica that hasn't checked a version after this is asked again later, beside all others."""
+_DESCRIBE_TIMEOUT_S = 5.0
 _AT_ONCE = 4
 _MAX_PINNED = 4096
 
@@ -88,6 +94,7 @@ class Watcher:
             pause_s = max(self._poll_s, 4 * (time.monotonic() - started))
             with suppress(TimeoutError):
                 await asyncio.wait_for(self._wake.wait(), pause_s)
+            await asyncio.sleep(_GATHER_S)
             self._wake.clear()
 
     async def catalog(self, after: tuple[str, int]) -> Catalog:
@@ -120,13 +127,24 @@ class Watcher:
         self._wake.set()
         return move
 
+    async def place(self, name: str, alias: str, placement: str | None) -> None:
+        """Say how an alias is kept on the replicas, and look at once."""
+        await asyncio.to_thread(place, name, alias, placement, self._uri)
+        self._wake.set()
+
+    def wake(self) -> None:
+        """Look at once: somebody knows of a change."""
+        self._wake.set()
+
     async def look(self) -> None:
         """Take one look at the registry, and make live what is new and good."""
-        bases = self._catalog.bases
-        if len(bases) < len(self._bases):
-            found = [await base.describe() for base in self._bases.values()]
-            bases = {route.base_id: route for route in found}
-            await self._publish(bases=bases)
+        missing = self._bases.keys() - self._catalog.bases.keys()
+        found = await asyncio.gather(*map(self._describe, sorted(missing)))
+        new = {route.base_id: route for route in found if route is not None}
+        if new:
+            await self._publish(bases={**self._catalog.bases, **new})
+        if not self._catalog.bases:
+            return
         try:
             models = await asyncio.to_thread(list_models, self._uri)
         except JobError as error:
@@ -138,9 +156,18 @@ class Watcher:
         kept.update((model.name, model) for model in updated if model is not None)
         await self._publish(models=kept, is_ready=True, problem=None)
 
+    async def _describe(self, base_id: str) -> Route | None:
+        """Return the route to a base; None where it hasn't come up, which holds up no other."""
+        try:
+            async with asyncio.timeout(_DESCRIBE_TIMEOUT_S):
+                return await self._bases[base_id].describe()
+        except Exception as error:  # noqa: BLE001 - whatever a replica that can't start says
+            log.info("%s isn't up yet: %r", base_id, error)
+            return None
+
     async def _update(self, model: AliasedModel) -> CatalogModel | None:
         before = self._catalog.models.get(model.name) or CatalogModel(model.name)
-        live, rejected = {}, {}
+        live, rejected, waiting = {}, {}, {}
         for alias, version in model.aliases.items():
             known = before.live.get(alias)
             if known is not None and _version(known) == version:
@@ -157,12 +184,16 @@ class Watcher:
                 log.warning("%s: %s", model.name, error)
                 if known is not None:
                     live[alias] = known
+                else:
+                    waiting[alias] = f"version {version}: {error}"
             if alias in live and _version(live[alias]) == version:
                 await self._note(note_served, model.name, alias, version)
                 log.info("%s@%s is version %d now", model.name, alias, version)
                 # live at once, not only when the whole pass is over
                 await self._publish_model(before, model, alias, live[alias])
-        return CatalogModel(model.name, model.shared_with, live, rejected)
+        return CatalogModel(
+            model.name, model.shared_with, live, rejected, model.placements, waiting
+        )
 
     async def _last_good(self, model: AliasedModel, alias: str) -> Route | None:
         version = model.served.get(alias)
@@ -195,7 +226,8 @@ class Watcher:
 
     async def _check(self, route: Route) -> str | None:
         try:
-            return await self._bases[route.base_id].check(route)
+            async with asyncio.timeout(_CHECK_TIMEOUT_S):
+                return await self._bases[route.base_id].check(route)
         except Exception as error:  # a replica that died says nothing about the adapter
             raise JobError(f"{route.adapter}: can't be checked now: {error!r}"[:300]) from error
 
@@ -209,6 +241,9 @@ class Watcher:
                 return Route(
                     base_id, found.fingerprint, key, folder, _chat_template(folder), time.time()
                 )
+        missing = self._bases.keys() - self._catalog.bases.keys()
+        if missing:  # it may be of one of them
+            raise JobError(f"{name}: {', '.join(sorted(missing))} hasn't come up yet")
         raise RejectedError(f"its base {found.tags.get('base')} isn't served here")
 
     async def _note(self, note: Callable[..., None], *facts: object) -> None:

@@ -112,6 +112,7 @@ class FakeWatcher:
         self.current = catalog
         self.versions: dict[ModelRef, Route | str | ApiError] = {}
         self.moves: list[tuple[Any, ...]] = []
+        self.num_wakes = 0
 
     async def catalog(self, after: tuple[str, int]) -> Catalog:
         while self.current.revision == after:
@@ -124,6 +125,15 @@ class FakeWatcher:
     async def promote(self, name: str, version: int, alias: str) -> AliasMove | ApiError:
         self.moves.append((name, version, alias))
         return AliasMove(name, alias, version, 1)
+
+    async def place(self, name: str, alias: str, placement: str | None) -> ApiError | None:
+        if name.startswith("acme."):
+            self.moves.append((name, alias, placement))
+            return None
+        return ApiError(400, f"no adapter is registered as {name}")
+
+    async def wake(self) -> None:
+        self.num_wakes += 1
 
     async def rollback(self, name: str, alias: str) -> AliasMove | ApiError:
         return ApiError(400, f"{name}@{alias} was no other version before")

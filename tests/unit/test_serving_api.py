@@ -5,6 +5,7 @@ import json
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import openai
@@ -148,6 +149,38 @@ def test_a_prompt_alone_is_scored(site: Site) -> None:
     assert answer.usage.completion_tokens == 0  # type: ignore[union-attr]
 
 
+@pytest.mark.parametrize("text", ["one two three", ""], ids=["a word", "the end"])
+def test_lm_evals_scoring_gets_a_token_more_than_each_prompt_has(text: str) -> None:
+    # what local-completions posts, and how it reads the reply; the token it cuts off may be the end
+    prompts = [[5, 6, 7], [8, 9]]
+    with served(text=text) as site:
+        reply = site.post(
+            {
+                "model": BASE,
+                "prompt": prompts,
+                "temperature": 0,
+                "max_tokens": 1,
+                "logprobs": 1,
+                "seed": 1234,
+                "echo": True,
+            }
+        ).json()
+    for ids, choice in zip(prompts, reply["choices"], strict=True):
+        told = choice["logprobs"]
+        assert len(told["token_logprobs"]) == len(ids) + 1
+        assert told["token_logprobs"][1:-1] == [-1.0] * (len(ids) - 1)
+        assert all(max(top.values()) == -1.0 for top in told["top_logprobs"][1:-1])
+
+
+def test_lm_evals_generation_is_taken(site: Site) -> None:
+    stops = ["\nclass", "\ndef", "\n#", "\nif", "\nprint", "<|end|>"]
+    asked = {"model": BASE, "temperature": 0, "seed": 1234, "stop": stops, "max_tokens": 4}
+    assert site.post({**asked, "prompt": [[5, 6], [7]]}).status_code == 200
+    turns = [{"role": "user", "content": "Hello", "type": "text"}]
+    chat = {**asked, "messages": turns}
+    assert site.post(chat, "/v1/chat/completions").status_code == 200
+
+
 def test_n_answers_of_a_seed_have_seeds_of_their_own(site: Site) -> None:
     answer = site.client().completions.create(
         model=BASE, prompt=["a", "b"], n=2, seed=7, max_tokens=2
@@ -225,7 +258,7 @@ CHAT: dict[str, Any] = {"model": BASE, "messages": HELLO}
         ({**GOOD, "seed": 10**30}, 400, "seed"),
         ({**GOOD, "logprobs": 1000}, 400, "logprobs"),
         ({**GOOD, "presence_penalty": 3}, 400, "presence_penalty"),
-        ({**GOOD, "stop": ["a"] * 5}, 400, "stop"),
+        ({**GOOD, "stop": ["a"] * 17}, 400, "stop"),
         ({**GOOD, "stop": ""}, 400, "stop"),
         ({**GOOD, "logit_bias": {"5": 1}}, 400, None),
         ({**GOOD, "best_of": 3}, 400, None),
@@ -341,6 +374,16 @@ def test_an_owner_moves_its_aliases_and_nobody_elses(site: Site) -> None:
     assert "no other version" in back.json()["error"]["message"]
 
 
+def test_the_operator_places_adapters_and_nobody_else(site: Site) -> None:
+    path = "/v1/models/acme.bot/place"
+    placed = site.post({"placement": "pinned", "alias": "candidate"}, path)
+    assert placed.json() == {"model": "acme.bot", "alias": "candidate", "placement": "pinned"}
+    assert site.watcher.moves[-1] == ("acme.bot", "candidate", "pinned")
+    assert site.post({"placement": None}, path, Authorization="Bearer key-acme").status_code == 403
+    assert site.post({"placement": "hot"}, path).status_code == 400
+    assert site.post({"placement": "warm"}, "/v1/models/nobody.bot/place").status_code == 400
+
+
 def test_models_wait_for_the_first_pass_over_the_registry() -> None:
     with served(make_catalog(is_ready=False, problem="MLflow is away")) as site:
         for _ in range(100):
@@ -351,6 +394,19 @@ def test_models_wait_for_the_first_pass_over_the_registry() -> None:
         assert "MLflow is away" in reply.json()["error"]["message"]
         assert reply.headers["retry-after"]
         assert site.post({**GOOD, "model": "acme.bot"}).status_code == 503
+
+
+def test_a_restarted_watcher_takes_nothing_away_before_it_has_looked() -> None:
+    with served(make_catalog(ACME)) as site:
+        site.watcher.current = Catalog(("w2", 0))
+        site.watcher.current = Catalog(("w2", 1), problem="MLflow is away")
+        unknown = {**GOOD, "model": "acme.new"}
+        while site.post(unknown).status_code != 503:
+            pass  # the service hears of it a moment later
+        site.client("acme").completions.create(model="acme.bot", prompt="x")
+        site.watcher.current = replace(make_catalog(ACME), revision=("w2", 2))
+        while site.post(unknown).status_code != 404:
+            pass
 
 
 def test_without_the_registry_what_is_known_is_served_and_the_rest_is_503() -> None:

@@ -14,6 +14,7 @@ from s2ft_ray.cli import main
 
 ADAPTER = {
     "base": "s2ft://tiny",
+    "replica": "k3x9a0zq",
     "name": "acme.bot",
     "version": 2,
     "tier": "device",
@@ -21,6 +22,7 @@ ADAPTER = {
     "running": 0,
     "last_used": 1795490658.0,
     "requests_per_minute": 3,
+    "placement": "pinned",
 }
 
 
@@ -66,8 +68,9 @@ def test_adapters_are_listed_as_a_table_and_as_json(
     assert main(["adapters", "list", "--url", url]) == 0
     header, row = capsys.readouterr().out.splitlines()
     assert header.split()[:3] == ["ADAPTER", "VERSION", "BASE"]
-    assert row.split()[:5] == ["acme.bot", "2", "s2ft://tiny", "device", "185,120"]
+    assert row.split()[:6] == ["acme.bot", "2", "s2ft://tiny", "k3x9a0zq", "device", "185,120"]
     assert "2026-11-24 03:24:18+00:00" in row
+    assert row.split()[-1] == "pinned"
     assert main(["adapters", "list", "--json", "--url", url]) == 0
     assert json.loads(capsys.readouterr().out) == [ADAPTER]
     assert Handler.seen[0][:2] == ("/v1/adapters", "Bearer s2ft-key")

@@ -66,19 +66,31 @@ def expected(
     return torch.cat(parts)
 
 
+def route(ranges: list[tuple[Slot, int, int]], slots: DeviceSlots, capability: str) -> Routing:
+    """Route as on a CPU of another capability."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
+        return Routing(ranges, slots)
+
+
 sizes = st.tuples(st.sampled_from([0, 1, 3, 3, 7]), st.sampled_from([0, 1, 4, 4, 9]))
 requests = st.tuples(st.integers(-1, NUM_ADAPTERS - 1), st.sampled_from([1, 1, 1, 1, 2, 5, 8, 11]))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
-@settings(max_examples=100, deadline=None, derandomize=True, database=None)
+@pytest.mark.parametrize("capability", ["AVX2", "AVX512"])
+@settings(max_examples=60, deadline=None, derandomize=True, database=None)
 @given(
     of=st.lists(sizes, min_size=NUM_ADAPTERS, max_size=NUM_ADAPTERS),
     mix=st.lists(requests, min_size=1, max_size=20),
     seed=st.integers(0, 2**16),
 )
 def test_any_mix_of_tokens_gets_what_each_adapter_alone_gives(
-    dtype: torch.dtype, of: list[tuple[int, int]], mix: list[tuple[int, int]], seed: int
+    dtype: torch.dtype,
+    capability: str,
+    of: list[tuple[int, int]],
+    mix: list[tuple[int, int]],
+    seed: int,
 ) -> None:
     torch.manual_seed(seed)
     draw = torch.Generator().manual_seed(seed)
@@ -94,7 +106,7 @@ def test_any_mix_of_tokens_gets_what_each_adapter_alone_gives(
         at += num_tokens
     whole = [(adapters[number] if number >= 0 else None, num) for number, num in mix]
     inputs: dict[str, Any] = {"out": torch.randn(at, WIDTH), "back": torch.randn(at, INNER)}
-    layers.routing = Routing(ranges, slots)
+    layers.routing = route(ranges, slots, capability)
     with torch.no_grad():
         for name, module in model.named_children():
             x = inputs[name].to(dtype)
@@ -102,6 +114,26 @@ def test_any_mix_of_tokens_gets_what_each_adapter_alone_gives(
                 served = module(x[None])[0].float()
                 wanted = expected(module, name, x, whole)
                 torch.testing.assert_close(served, wanted, atol=TOLERANCE[dtype], rtol=0.02)
+
+
+def test_single_tokens_of_many_alike_adapters_are_one_product_where_that_is_faster() -> None:
+    draw = torch.Generator().manual_seed(0)
+    model = Model(torch.float32)
+    slots = DeviceSlots(WIDTH, torch.float32, torch.device("cpu"), 2**14)
+    layers = BatchedLayers(model, slots)
+    adapters = [make_adapter(draw, 3, 4) for _ in range(9)]
+    ranges = [(place(slots, layers, it, i), i, i + 1) for i, it in enumerate(adapters)]
+    x = torch.randn(9, INNER, generator=draw)
+    wanted = expected(model.back, "back", x, [(adapter, 1) for adapter in adapters])
+    num_blocks = {}
+    for capability in ("AVX2", "AVX512"):
+        layers.routing = route(ranges, slots, capability)
+        with torch.no_grad():
+            torch.testing.assert_close(model.back(x), wanted, atol=2e-5, rtol=0.02)
+        plan = layers.routing.plan("back", INNER, WIDTH)
+        assert plan is not None
+        num_blocks[capability] = [block.shape for block in plan.blocks]
+    assert num_blocks == {"AVX2": [(9, 1, 4)], "AVX512": []}
 
 
 def test_without_a_routing_the_model_is_the_base_bitwise() -> None:

@@ -30,18 +30,25 @@ ACME = Principal("k", "acme", False)
 class Replica:
     """A base's replica that finds fault with what a test says."""
 
-    def __init__(self) -> None:
+    def __init__(self, base_id: str = BASE, fingerprint: str = "base-f") -> None:
+        self.route = Route(base_id, fingerprint)
+        self.is_up = asyncio.Event()
+        self.is_up.set()
+        self.hangs_on: str | None = None
         self.faults: dict[str, str] = {}
         self.checked: list[str] = []
         self.released: list[AdapterKey] = []
         self.is_dead = False
 
     async def describe(self) -> Route:
-        return Route(BASE, "base-f")
+        await self.is_up.wait()
+        return self.route
 
     async def check(self, route: Route) -> str | None:
         if self.is_dead:
             raise RuntimeError("the actor died")
+        if str(route.adapter) == self.hangs_on:
+            await asyncio.Event().wait()
         self.checked.append(str(route.adapter))
         return self.faults.get(str(route.adapter))
 
@@ -57,6 +64,7 @@ class Registry:
         self.aliases: dict[str, int] = {}
         self.served: dict[str, int] = {}
         self.shared: frozenset[str] = frozenset()
+        self.placements: dict[str, str] = {}
         self.bases: dict[int, str] = {}
         self.is_away = False
         self.notes: list[tuple[Any, ...]] = []
@@ -66,7 +74,9 @@ class Registry:
     def list_models(self, _uri: str) -> list[AliasedModel]:
         if self.is_away:
             raise JobError("MLflow is away")
-        return [AliasedModel(NAME, dict(self.aliases), dict(self.served), self.shared)]
+        return [
+            AliasedModel(NAME, dict(self.aliases), dict(self.served), self.shared, self.placements)
+        ]
 
     def resolve_adapter(self, ref: str, _uri: str) -> ResolvedAdapter:
         version = int(ref.rpartition(":")[2])
@@ -186,11 +196,80 @@ def test_a_dead_replica_is_no_fault_of_the_version(registry: Registry) -> None:
     async def story(watcher: Watcher, replica: Replica) -> None:
         replica.is_dead = True
         await watcher.look()
-        with pytest.raises(ApiError):
+        with pytest.raises(ApiError, match="can't be checked now") as refused:
             await live(watcher)
+        assert refused.value.status == 503
         replica.is_dead = False
         await watcher.look()
         assert (await live(watcher)).fingerprint == "f1"
+
+    follow(story)
+
+
+def test_a_base_that_is_not_up_holds_up_no_other(
+    registry: Registry, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(watching, "_DESCRIBE_TIMEOUT_S", 0.01)
+    registry.aliases = {"champion": 1, "candidate": 2}
+    registry.bases = {2: "big-f"}
+
+    async def run() -> None:
+        here, later = Replica(), Replica("big", "big-f")
+        later.is_up.clear()
+        watcher = Watcher({BASE: here, "big": later}, "sqlite://", 0.01)
+        await watcher.look()
+        assert (await live(watcher)).fingerprint == "f1"
+        with pytest.raises(ApiError):
+            await live(watcher, f"{NAME}@candidate")
+        assert not any(2 in note for note in registry.notes)  # it isn't rejected: it is waited for
+        later.is_up.set()
+        await watcher.look()
+        assert (await live(watcher, f"{NAME}@candidate")).base_id == "big"
+
+    asyncio.run(run())
+
+
+def test_a_check_that_hangs_holds_up_nobody_for_long(
+    registry: Registry, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(watching, "_CHECK_TIMEOUT_S", 0.01)
+    registry.aliases = {"champion": 1, "candidate": 2}
+
+    async def story(watcher: Watcher, replica: Replica) -> None:
+        replica.hangs_on = f"{NAME}:2"
+        await watcher.look()
+        assert (await live(watcher)).fingerprint == "f1"
+        replica.hangs_on = None
+        await watcher.look()
+        assert (await live(watcher, f"{NAME}@candidate")).fingerprint == "f2"
+
+    follow(story)
+
+
+def test_who_knows_of_a_change_makes_it_look_at_once(registry: Registry) -> None:
+    async def run() -> None:
+        watcher = Watcher({BASE: Replica()}, "sqlite://", 60.0)
+        following = asyncio.create_task(watcher.run())
+        first = await watcher.catalog(("", 0))
+        while not first.is_ready:
+            first = await watcher.catalog(first.revision)
+        registry.aliases = {"champion": 1}
+        watcher.wake()
+        async with asyncio.timeout(5):
+            while "champion" not in (await watcher.catalog(first.revision)).models[NAME].live:
+                await asyncio.sleep(0.01)
+        following.cancel()
+
+    asyncio.run(run())
+
+
+def test_placements_are_in_the_catalog(registry: Registry) -> None:
+    registry.aliases, registry.placements = {"champion": 1}, {"champion": "pinned", "gone": "warm"}
+
+    async def story(watcher: Watcher, _: Replica) -> None:
+        await watcher.look()
+        placed = (await watcher.catalog(("", 0))).placed(BASE)
+        assert {str(key): how for key, (_, how) in placed.items()} == {f"{NAME}:1": "pinned"}
 
     follow(story)
 
