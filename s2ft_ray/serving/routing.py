@@ -3,7 +3,7 @@
 A batch is requests one after the other, so a request's tokens are one range. Long ranges (prompts)
 are multiplied with a slice of the pool. Single tokens (decoding) of all adapters go together: on
 the input side through one weighted sum of pool rows, on the output side through one dot product
-with each pool row, and where adapters that lie evenly in the pool have several tokens each, through
+with each pool row, and where adapters that lie evenly in the pool have enough tokens each, through
 one batched product. While the same requests decode, the last plans hold.
 
 Dimensions: T tokens of the batch, D out, F in, S selected entries over the single tokens;
@@ -13,6 +13,7 @@ G adapters of one product, M tokens of each, K selected of each.
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import get_args
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +21,7 @@ from torch import Tensor, nn
 from s2ft_ray.method.parts import Side
 from s2ft_ray.serving.device_slots import DeviceSlots, Slot, SlotPart
 
+_NEVER = 2**31
 # From so many tokens of one adapter on, a matrix product beats summing rows. One core, 2048 wide,
 # 64 selected, bf16: 8 tokens take 49 us either way, 16 take 88 as sums and 61 as a product; in fp32
 # the product leads from 8 on (69 and 47).
@@ -29,6 +31,12 @@ _LONG = 8
 # and 0.74, and of 8 tokens each 0.39 and 0.69. Input side, 8 adapters of 8, bf16: 0.34 as a
 # product, 0.50 as sums; of 2 tokens 1.01 and 0.34.
 _FEWEST_TOKENS = {("out", 2): 2, ("out", 4): 4, ("in", 2): 8, ("in", 4): 8}
+# On CPUs without AVX-512, 100 adapters of one token in fp32: as products 2.7 ms on both sides, as
+# sums 3.4, as dots 3.5. In bf16 such a CPU has no product of its own: 10 adapters of 7 tokens take
+# 30 ms as products on the input side and 0.9 as sums.
+_FEWEST_TOKENS_AVX2 = {("out", 2): 2, ("out", 4): 1, ("in", 2): _NEVER, ("in", 4): 1}
+# Single tokens of fewer adapters than these are no batched product: its calls cost what it saves.
+_SHORTEST_RUN = 8
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,6 +112,7 @@ class Routing:
         """Take (slot, first token, end) of each request that has an adapter."""
         self._ranges = ranges
         self._slots = slots
+        self._fewest = _fewest_tokens(slots.rows)
         self._plans: dict[str, ModulePlan | None] = {}
 
     def plan(self, module: str, in_features: int, out_features: int) -> ModulePlan | None:
@@ -119,7 +128,7 @@ class Routing:
             part = slot.parts.get(module)
             if part is None:
                 continue
-            if stop - start >= _LONG:
+            if stop - start >= _LONG and self._fewest[part.side] < _NEVER:
                 spans.append(Span(start, stop, part))
             else:
                 of_part[part] += range(start, stop)
@@ -128,8 +137,7 @@ class Routing:
         inputs, dots, blocks = _Singles(), _Singles(), list[Block]()
         for side, singles, width in (("in", inputs, in_features), ("out", dots, out_features)):
             own = {part: tokens for part, tokens in of_part.items() if part.side == side}
-            fewest = _FEWEST_TOKENS.get((side, self._slots.rows.itemsize), 2)
-            some, runs = _split(own, fewest)
+            some, runs = _split(own, self._fewest[side])
             singles += some
             blocks += [self._block(run, width) for run in runs]
         return ModulePlan(
@@ -176,6 +184,13 @@ class Routing:
         return tokens, rows, counts
 
 
+def _fewest_tokens(pool: Tensor) -> dict[Side, int]:
+    """Return from how many tokens of an adapter on its product is batched, by side."""
+    is_wide = pool.is_cuda or "AVX2" not in torch.backends.cpu.get_cpu_capability()
+    table = _FEWEST_TOKENS if is_wide else _FEWEST_TOKENS_AVX2
+    return {side: table.get((side, pool.itemsize), 2) for side in get_args(Side)}
+
+
 _Singles = list[tuple[int, SlotPart]]
 _Run = list[tuple[SlotPart, list[int]]]
 
@@ -183,7 +198,8 @@ _Run = list[tuple[SlotPart, list[int]]]
 def _split(of_part: dict[SlotPart, list[int]], fewest: int) -> tuple[_Singles, list[_Run]]:
     """Split adapters and their tokens into runs of one size, one distance, one number of tokens.
 
-    The tokens of an adapter that has less than `fewest` are left single.
+    The tokens of an adapter that has less than `fewest` are left single, and so are short runs of
+    adapters of one token.
     """
     singles: _Singles = []
     several: _Run = []
@@ -199,7 +215,10 @@ def _split(of_part: dict[SlotPart, list[int]], fewest: int) -> tuple[_Singles, l
             runs[-1].append((part, tokens))
         else:
             runs.append([(part, tokens)])
-    return singles, runs
+    for run in runs:
+        if len(run) < _SHORTEST_RUN and len(run[0][1]) == 1:
+            singles += [(tokens[0], part) for part, tokens in run]
+    return singles, [run for run in runs if len(run) >= _SHORTEST_RUN or len(run[0][1]) > 1]
 
 
 def _continues(run: _Run, part: SlotPart, num_tokens: int) -> bool:
