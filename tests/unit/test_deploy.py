@@ -11,6 +11,8 @@ import kubernetes_validate
 import pytest
 import yaml
 
+from s2ft_ray.scheduler.settings import load_settings
+
 REPO = Path(__file__).parents[2]
 DEPLOY = REPO / "deploy"
 CRDS = REPO.parent / "shared" / "crds"
@@ -147,3 +149,20 @@ def test_ray_up_takes_the_cluster_file() -> None:
 def pinned(package: str) -> str:
     lines = (REPO / "constraints.txt").read_text().splitlines()
     return next(line.split("==")[1] for line in lines if line.startswith(f"{package}=="))
+
+
+def test_the_queue_is_told_of_every_node_that_the_autoscaler_may_add(tmp_path: Path) -> None:
+    cluster = MANIFESTS["raycluster.yaml:RayCluster:s2ft-training"]["spec"]
+    path = tmp_path / "scheduler.yaml"
+    path.write_text(MANIFESTS["raycluster.yaml:ConfigMap:s2ft-scheduler"]["data"][path.name])
+    told = {it.name: it for it in load_settings(path).autoscaler}
+    assert told.keys() == {it["groupName"] for it in cluster["workerGroupSpecs"]}
+    for group in cluster["workerGroupSpecs"]:
+        (container,) = group["template"]["spec"]["containers"]
+        asked, mine = container["resources"]["requests"], told[group["groupName"]]
+        assert mine.max_nodes == group["maxReplicas"]
+        assert mine.resources == {
+            "CPU": float(asked["cpu"]),
+            "GPU": float(asked["nvidia.com/gpu"]),
+            "memory": float(asked["memory"].removesuffix("Gi")) * 2**30,
+        }
