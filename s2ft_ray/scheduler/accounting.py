@@ -1,12 +1,12 @@
 """What tenants were given: worker-seconds by resource, tokens, and how long they waited."""
 
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
-from sqlalchemy import Engine, and_, or_, select
+from sqlalchemy import Engine, and_, func, or_, select
 
 from s2ft_ray.database import reading
-from s2ft_ray.scheduler.models import UsageRow
+from s2ft_ray.scheduler.models import FailureReason, UsageRow
 from s2ft_ray.scheduler.policy.estimates import Measurement
 from s2ft_ray.scheduler.tables import ATTEMPTS, JOBS
 from s2ft_ray.scheduler.views import WorkerShape
@@ -51,12 +51,28 @@ def usage(
     return sorted(found, key=lambda row: -row.worker_seconds["workers"])
 
 
+def trained_s(engine: Engine, job_ids: Sequence[str], now: float) -> dict[str, float]:
+    """Return how long jobs have trained, by id: from the first step of each attempt to its end."""
+    span = func.coalesce(ATTEMPTS.c.ended_at, now) - ATTEMPTS.c.stepped_at
+    query = (
+        select(ATTEMPTS.c.job_id, func.sum(span))
+        .where(ATTEMPTS.c.job_id.in_(job_ids), ATTEMPTS.c.stepped_at.is_not(None))
+        .group_by(ATTEMPTS.c.job_id)
+    )
+    with reading(engine) as connection:
+        return {job_id: float(seconds) for job_id, seconds in connection.execute(query)}
+
+
 def measurements(engine: Engine) -> list[Measurement]:
     """Return what the newest attempts showed of how long jobs take, in order of time."""
     query = (
         select(ATTEMPTS, JOBS.c.worker, JOBS.c.base)
         .join(JOBS, JOBS.c.id == ATTEMPTS.c.job_id)
-        .where(ATTEMPTS.c.ended_at.is_not(None), ATTEMPTS.c.rows > 0)
+        .where(
+            ATTEMPTS.c.ended_at.is_not(None),
+            ATTEMPTS.c.rows > 0,
+            ATTEMPTS.c.outcome.not_in([str(reason) for reason in FailureReason]),
+        )
         .order_by(ATTEMPTS.c.ended_at.desc())
         .limit(_MEASURED)
     )

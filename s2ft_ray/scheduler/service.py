@@ -187,7 +187,7 @@ class Scheduler:
             else:
                 reason = FailureReason(outcome.get("reason", FailureReason.DRIVER_LOST))
                 message = str(outcome.get("message", "its driver was told to end from outside"))
-                self._keep(self._store.fail(job_id, attempt, reason, message, now))
+                self._keep(self._store.fail(job_id, attempt, reason, message, now, rows, tokens))
         self.wake.set()
 
     # People
@@ -311,15 +311,20 @@ class Scheduler:
             )
 
     def _end_overdue(self, now: float) -> None:
+        limited = [
+            job.id
+            for job in self._live().values()
+            if job.run_timeout_s is not None and job.state == State.RUNNING
+        ]
+        ran_s = accounting.trained_s(self._store.engine, limited, now) if limited else {}
         for job in list(self._live().values()):
             waits = job.state == State.QUEUED and job.attempt == 0
-            waited_s, ran_s = now - job.created_at, now - (job.started_at or now)
+            waited_s = now - job.created_at
             if waits and job.queue_timeout_s is not None and waited_s > job.queue_timeout_s:
                 message = f"waited {waited_s:.0f} s, its limit is {job.queue_timeout_s:.0f} s"
                 reason = FailureReason.QUEUE_DEADLINE
                 self._keep(self._store.reject(job.id, reason, message, now))
-            most_s = job.run_timeout_s if job.state == State.RUNNING else None
-            if most_s is not None and ran_s > most_s:
+            if job.run_timeout_s is not None and ran_s.get(job.id, 0.0) > job.run_timeout_s:
                 self._stop(job, StopCause.DEADLINE)
 
     # Drivers, seen from the tick

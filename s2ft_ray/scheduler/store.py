@@ -269,12 +269,19 @@ class Store:
             return _end(connection, job, State.SUCCEEDED, at, "registered", detail, **names)
 
     def fail(
-        self, job_id: str, attempt: int, reason: FailureReason, message: str, at: float
+        self,
+        job_id: str,
+        attempt: int,
+        reason: FailureReason,
+        message: str,
+        at: float,
+        rows: int = 0,
+        tokens: int = 0,
     ) -> Job:
         """End an attempt that failed: the job is tried again after a pause, or has failed."""
         with writing(self.engine) as connection:
             job = _get_current(connection, job_id, attempt)
-            _end_attempt(connection, job, reason, at)
+            _end_attempt(connection, job, reason, at, rows, tokens)
             if job.stop_cause == StopCause.CANCEL:
                 return _end(connection, job, State.CANCELLED, at, "cancelled", message)
             failures = job.num_failures + 1

@@ -142,6 +142,26 @@ def test_a_job_that_waited_too_long_fails_and_one_that_runs_too_long_is_stopped(
     assert queue.scheduler.job(runs)["reason"] == "run_deadline"
 
 
+def test_time_in_which_a_job_was_stopped_for_others_is_no_running_time(queue: Queue) -> None:
+    low = queue.submit("low", workers=4, run_timeout_s=100)
+    queue.tick()
+    attempt = queue.begin(low)
+    queue.tick(60)
+    high = queue.scheduler.submit({**document("high", workers=4), "priority": 1})["id"]
+    queue.tick()
+    queue.scheduler.report(low, attempt, {"outcome": "preempted"})
+    queue.tick(500)
+    queue.scheduler.cancel(high)
+    queue.launcher.drivers[f"{high}-1"] = "ended"
+    queue.tick(10)
+    queue.tick()
+    attempt = queue.begin(low)
+    queue.tick(30)
+    assert queue.beat(low, attempt) == "go on"
+    queue.tick(20)
+    assert queue.beat(low, attempt) == "stop"
+
+
 # Stops
 
 
@@ -336,6 +356,33 @@ def test_a_report_that_is_repeated_changes_nothing(queue: Queue) -> None:
     queue.scheduler.report(job_id, attempt, SUCCESS)
     queue.scheduler.report(job_id, attempt, SUCCESS)
     assert queue.causes(job_id).count("registered") == 1
+
+
+def test_what_a_failed_attempt_trained_is_accounted_for(queue: Queue) -> None:
+    job_id = queue.submit()
+    queue.tick()
+    failure = {"outcome": "failed", "reason": "worker_lost", "message": "gone", "tokens": 70}
+    queue.scheduler.report(job_id, queue.begin(job_id), failure)
+    queue.tick(10)
+    queue.clock.now += 5
+    queue.scheduler.report(job_id, queue.begin(job_id), SUCCESS)
+    (row,) = queue.scheduler.usage()
+    assert row["tokens"] == 9070
+
+
+def test_a_job_is_told_with_all_that_a_program_may_ask(queue: Queue) -> None:
+    job_id = queue.submit()
+    queue.tick()
+    queue.begin(job_id)
+    (told,) = queue.scheduler.jobs()
+    assert told.keys() == {
+        *("id", "tenant", "name", "state", "reason", "priority", "position", "blocker"),
+        *("estimated_start", "created_at", "started_at", "finished_at", "attempt", "progress"),
+        *("model", "error", "num_workers", "submission_id"),
+    }
+    assert told["progress"].keys() == {"step", "total_steps", "loss", "time_left_s"}
+    assert queue.scheduler.job(job_id).keys() - told.keys() == {"config", "events"}
+    assert told["created_at"] == "2027-01-15T08:00:00+00:00"
 
 
 def test_bad_input_is_never_tried_again(queue: Queue) -> None:
