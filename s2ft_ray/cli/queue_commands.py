@@ -3,6 +3,7 @@
 import argparse
 import csv
 import json
+import math
 import os
 import sys
 import time
@@ -85,7 +86,10 @@ def _add_submit(commands: "argparse._SubParsersAction[argparse.ArgumentParser]")
     )
     for option, what in (("--queue-timeout", "wait"), ("--run-timeout", "run")):
         command.add_argument(
-            option, type=float, metavar="SECONDS", help=f"the job fails if it has to {what} longer"
+            option,
+            type=_seconds,
+            metavar="SECONDS",
+            help=f"the job fails if it has to {what} longer",
         )
     _add_json(command)
     command.set_defaults(run=_submit)
@@ -98,7 +102,7 @@ def _add_jobs(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -
         "--state", action="append", default=[], choices=_STATES, help="in this state only; or"
     )
     command.add_argument(
-        "--limit", type=int, default=100, metavar="N", help="so many, newest first"
+        "--limit", type=_count, default=100, metavar="N", help="so many, newest first"
     )
     command.add_argument("--after", metavar="ID", help="the page after this job")
     form = command.add_mutually_exclusive_group()
@@ -109,6 +113,22 @@ def _add_jobs(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -
 
 def _add_json(command: argparse.ArgumentParser) -> None:
     command.add_argument("--json", action="store_true", help="the same facts for a program")
+
+
+def _count(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is no number of at least 1")
+    return int(text)
+
+
+def _seconds(text: str) -> float:
+    try:
+        seconds = float(text)
+    except ValueError:
+        seconds = 0.0
+    if not 0 < seconds < math.inf:
+        raise argparse.ArgumentTypeError(f"{text!r} is no number of seconds above 0")
+    return seconds
 
 
 def _time(text: str) -> float:

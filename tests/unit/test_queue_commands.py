@@ -113,6 +113,37 @@ def test_the_table_says_how_far_each_is_and_why_it_waits(
     assert queued.endswith("place 2, behind job-0; needs 2 x (1 CPU), room for 1 now")
 
 
+def test_the_watched_table_is_shown_again_as_it_changes(
+    queue: FakeQueue, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def go_on(_: float) -> None:
+        if queue.known["job-1"]["state"] == "succeeded":
+            raise KeyboardInterrupt
+        model = {"name": "acme.bot", "version": "1"}
+        queue.known["job-1"] |= {"state": "succeeded", "model": model}
+
+    monkeypatch.setattr(queue_commands.time, "sleep", go_on)
+    code, out, _ = run(capsys, "jobs", "--watch")
+    assert code == 130
+    first, second = (line for line in out.splitlines() if line.startswith("job-1"))
+    assert "step 7/40" in first
+    assert second.endswith("registered acme.bot version 1")
+
+
+@pytest.mark.usefixtures("queue")
+@pytest.mark.parametrize(
+    "args",
+    [("jobs", "--limit", "0"), ("submit", "--config", "f", "--run-timeout", "nan")],
+)
+def test_a_number_that_cant_be_is_bad_input(
+    capsys: pytest.CaptureFixture[str], args: tuple[str, ...]
+) -> None:
+    with pytest.raises(SystemExit) as end:
+        cli.main(args)
+    assert end.value.code == 2
+    assert "is no number" in capsys.readouterr().err
+
+
 def test_a_program_gets_the_scheduler_s_answer_for_what_it_asked(
     queue: FakeQueue, capsys: pytest.CaptureFixture[str]
 ) -> None:
