@@ -12,6 +12,7 @@
     views, policy   what is decided, from plain values: no clock, no I/O
     models          a job, its states, why it ended, when it is tried again
     store           the only writer of jobs, attempts and events
+    transitions     what its writes are made of
     service         the actor: observe, decide, apply
     launcher        the way to Ray Jobs
     client          what drivers and the command line ask the actor

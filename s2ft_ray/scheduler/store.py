@@ -10,14 +10,13 @@ from collections.abc import Iterable, Mapping
 from dataclasses import asdict
 from typing import Any
 
-from sqlalchemy import Connection, Select, and_, insert, or_, select, update
+from sqlalchemy import and_, insert, or_, select, update
 
 from s2ft_ray.database import open_database, reading, writing
-from s2ft_ray.errors import StaleAttempt, UnknownJob
+from s2ft_ray.errors import StaleAttempt
 from s2ft_ray.scheduler.models import (
     HOLDING,
     LIVE,
-    NEXT,
     Event,
     FailureReason,
     Job,
@@ -27,20 +26,24 @@ from s2ft_ray.scheduler.models import (
     Submission,
     retry_delay_s,
 )
-from s2ft_ray.scheduler.rows import JOB_COLUMNS, to_event, to_job
+from s2ft_ray.scheduler.rows import to_event, to_job
 from s2ft_ray.scheduler.tables import ATTEMPTS, EVENTS, JOBS, USAGES
+from s2ft_ray.scheduler.transitions import (
+    NOTHING_HELD,
+    change,
+    end,
+    end_attempt,
+    fail_for_good,
+    get,
+    get_current,
+    move,
+    note,
+    select_jobs,
+    start_attempt,
+    tell,
+    unknown,
+)
 from s2ft_ray.scheduler.views import Usage
-
-_NOTHING_HELD: Mapping[str, Any] = {
-    "submission_id": None,
-    "num_workers": 0,
-    "next_workers": 0,
-    "placement": {},
-    "stop_cause": None,
-    "stop_deadline": None,
-    "admitted_at": None,
-    "heartbeat_at": None,
-}
 
 
 class Store:
@@ -62,7 +65,7 @@ class Store:
     def job(self, job_id: str) -> Job:
         """Return a job. Raises UnknownJob where there is none of that id."""
         with reading(self.engine) as connection:
-            return _get(connection, job_id)
+            return get(connection, job_id)
 
     def config(self, job_id: str) -> dict[str, Any]:
         """Return the run document that a job was submitted with."""
@@ -70,12 +73,14 @@ class Store:
             query = select(JOBS.c.config).where(JOBS.c.id == job_id)
             row = connection.execute(query).first()
         if row is None:
-            raise _unknown(job_id)
+            raise unknown(job_id)
         return dict(row.config)
 
     def live_jobs(self) -> list[Job]:
         """Return every job that waits or holds workers, oldest first."""
-        query = _jobs().where(JOBS.c.finished_at.is_(None)).order_by(JOBS.c.created_at, JOBS.c.id)
+        query = (
+            select_jobs().where(JOBS.c.finished_at.is_(None)).order_by(JOBS.c.created_at, JOBS.c.id)
+        )
         with reading(self.engine) as connection:
             return [to_job(row) for row in connection.execute(query)]
 
@@ -87,14 +92,14 @@ class Store:
         after: str | None = None,
     ) -> list[Job]:
         """Return a page of jobs, newest first; `after` is the last id of the page before."""
-        query = _jobs().order_by(JOBS.c.created_at.desc(), JOBS.c.id.desc()).limit(limit)
+        query = select_jobs().order_by(JOBS.c.created_at.desc(), JOBS.c.id.desc()).limit(limit)
         if tenant is not None:
             query = query.where(JOBS.c.tenant == tenant)
         if wanted := [str(state) for state in states]:
             query = query.where(JOBS.c.state.in_(wanted))
         with reading(self.engine) as connection:
             if after is not None:
-                last = _get(connection, after)
+                last = get(connection, after)
                 older = JOBS.c.created_at < last.created_at
                 same = and_(JOBS.c.created_at == last.created_at, JOBS.c.id < last.id)
                 query = query.where(or_(older, same))
@@ -119,7 +124,7 @@ class Store:
             JOBS.c.finished_at.is_(None),
         )
         with writing(self.engine) as connection:
-            if row := connection.execute(_jobs().where(same)).first():
+            if row := connection.execute(select_jobs().where(same)).first():
                 return to_job(row)
             values = asdict(submission)
             job_id = job_id or f"job-{secrets.token_hex(5)}"
@@ -136,25 +141,25 @@ class Store:
                     created_at=at,
                     queued_at=at,
                     updated_at=at,
-                    **_NOTHING_HELD,
+                    **NOTHING_HELD,
                 )
             )
-            _tell(connection, job_id, 0, at, State.QUEUED, "submitted", None)
-            return _get(connection, job_id)
+            tell(connection, job_id, 0, at, State.QUEUED, "submitted", None)
+            return get(connection, job_id)
 
     def admit(self, job_id: str, num_workers: int, placement: Mapping[str, int], at: float) -> Job:
         """Give a queued job its workers: a new attempt starts."""
         with writing(self.engine) as connection:
-            job = _get(connection, job_id)
-            return _start_attempt(connection, job, num_workers, placement, at, "admitted")
+            job = get(connection, job_id)
+            return start_attempt(connection, job, num_workers, placement, at, "admitted")
 
     def claim(self, job_id: str, attempt: int, submission_id: str, at: float) -> Job:
         """Record the Ray job that drives an attempt; a second one is refused."""
         with writing(self.engine) as connection:
-            job = _get_current(connection, job_id, attempt)
+            job = get_current(connection, job_id, attempt)
             if job.submission_id not in (None, submission_id):
                 raise StaleAttempt(job_id, attempt, f"driven by {job.submission_id}")
-            return _change(connection, job, at, submission_id=submission_id, heartbeat_at=at)
+            return change(connection, job, at, submission_id=submission_id, heartbeat_at=at)
 
     def beat(
         self,
@@ -166,7 +171,7 @@ class Store:
     ) -> Job:
         """Note a sign of life; the first progress makes a starting job a running one."""
         with writing(self.engine) as connection:
-            job = _get_current(connection, job_id, attempt)
+            job = get_current(connection, job_id, attempt)
             changes: dict[str, Any] = {"heartbeat_at": at}
             if saved_at is not None:
                 changes["saved_at"] = saved_at
@@ -177,8 +182,8 @@ class Store:
                 connection.execute(update(ATTEMPTS).where(first).values(stepped_at=at))
             if progress is not None and job.state == State.STARTING:
                 changes["started_at"] = job.started_at or at
-                return _move(connection, job, State.RUNNING, at, "first step", **changes)
-            return _change(connection, job, at, **changes)
+                return move(connection, job, State.RUNNING, at, "first step", **changes)
+            return change(connection, job, at, **changes)
 
     def ask_stop(
         self,
@@ -198,16 +203,16 @@ class Store:
         request takes the place of an earlier one where it ends more: cancel over all others.
         """
         with writing(self.engine) as connection:
-            job = _get_current(connection, job_id, attempt)
+            job = get_current(connection, job_id, attempt)
             if job.state == State.PREEMPTING:
                 if job.stop_cause == StopCause.CANCEL:
                     return job
                 changes = {"stop_cause": cause, "next_workers": next_workers}
-                _tell(connection, job.id, attempt, at, job.state, f"asked to stop: {cause}", detail)
-                return _change(connection, job, at, **changes)
+                note(connection, job, at, f"asked to stop: {cause}", detail)
+                return change(connection, job, at, **changes)
             if placement is not None:
-                job = _change(connection, job, at, placement=dict(placement))
-            return _move(
+                job = change(connection, job, at, placement=dict(placement))
+            return move(
                 connection,
                 job,
                 State.PREEMPTING,
@@ -225,21 +230,21 @@ class Store:
         A cancelled job ends, a resized one starts again, others wait at the front of their class.
         """
         with writing(self.engine) as connection:
-            job = _get_current(connection, job_id, attempt)
-            _end_attempt(connection, job, f"stopped: {job.stop_cause}", at, rows, tokens)
+            job = get_current(connection, job_id, attempt)
+            end_attempt(connection, job, f"stopped: {job.stop_cause}", at, rows, tokens)
             if job.stop_cause == StopCause.CANCEL:
-                return _end(connection, job, State.CANCELLED, at, "cancelled")
+                return end(connection, job, State.CANCELLED, at, "cancelled")
             if job.stop_cause == StopCause.DEADLINE:
-                return _fail(
+                return fail_for_good(
                     connection, job, FailureReason.RUN_DEADLINE, "ran longer than it may", at
                 )
             if job.next_workers:
                 cause = f"relaunched with {job.next_workers} workers"
-                return _start_attempt(connection, job, job.next_workers, job.placement, at, cause)
+                return start_attempt(connection, job, job.next_workers, job.placement, at, cause)
             held = job.held or job.stop_cause == StopCause.PAUSE
             cause = "paused" if held else f"stopped for {job.stop_cause}"
             counts = job.stop_cause in (StopCause.PRIORITY, StopCause.QUOTA)
-            return _move(
+            return move(
                 connection,
                 job,
                 State.QUEUED,
@@ -248,7 +253,7 @@ class Store:
                 queued_at=max(at, job.updated_at),
                 held=held,
                 num_preemptions=job.num_preemptions + counts,
-                **_NOTHING_HELD,
+                **NOTHING_HELD,
             )
 
     def succeed(
@@ -262,11 +267,11 @@ class Store:
     ) -> Job:
         """End a job whose adapter is registered as `model`: name and version."""
         with writing(self.engine) as connection:
-            job = _get_current(connection, job_id, attempt)
-            _end_attempt(connection, job, "succeeded", at, rows, tokens)
+            job = get_current(connection, job_id, attempt)
+            end_attempt(connection, job, "succeeded", at, rows, tokens)
             detail = f"{model[0]} version {model[1]}"
             names = {"model_name": model[0], "model_version": model[1]}
-            return _end(connection, job, State.SUCCEEDED, at, "registered", detail, **names)
+            return end(connection, job, State.SUCCEEDED, at, "registered", detail, **names)
 
     def fail(
         self,
@@ -280,15 +285,15 @@ class Store:
     ) -> Job:
         """End an attempt that failed: the job is tried again after a pause, or has failed."""
         with writing(self.engine) as connection:
-            job = _get_current(connection, job_id, attempt)
-            _end_attempt(connection, job, reason, at, rows, tokens)
+            job = get_current(connection, job_id, attempt)
+            end_attempt(connection, job, reason, at, rows, tokens)
             if job.stop_cause == StopCause.CANCEL:
-                return _end(connection, job, State.CANCELLED, at, "cancelled", message)
+                return end(connection, job, State.CANCELLED, at, "cancelled", message)
             failures = job.num_failures + 1
             pause_s = retry_delay_s(reason, failures)
             if pause_s is None:
-                return _fail(connection, job, reason, message, at, num_failures=failures)
-            return _move(
+                return fail_for_good(connection, job, reason, message, at, num_failures=failures)
+            return move(
                 connection,
                 job,
                 State.QUEUED,
@@ -301,22 +306,22 @@ class Store:
                 not_before=at + pause_s,
                 held=job.held or job.stop_cause == StopCause.PAUSE,
                 num_failures=failures,
-                **_NOTHING_HELD,
+                **NOTHING_HELD,
             )
 
     def reject(self, job_id: str, reason: FailureReason, message: str, at: float) -> Job:
         """End a queued job that can't be started any more."""
         with writing(self.engine) as connection:
-            return _fail(connection, _get(connection, job_id), reason, message, at)
+            return fail_for_good(connection, get(connection, job_id), reason, message, at)
 
     # What people ask
 
     def cancel(self, job_id: str, deadline: float, at: float) -> Job:
         """End a queued job, or ask an attempt to stop for it; an ended job stays as it is."""
         with writing(self.engine) as connection:
-            job = _get(connection, job_id)
+            job = get(connection, job_id)
             if job.state == State.QUEUED:
-                return _end(connection, job, State.CANCELLED, at, "cancelled")
+                return end(connection, job, State.CANCELLED, at, "cancelled")
         if job.state in HOLDING:
             return self.ask_stop(job_id, job.attempt, StopCause.CANCEL, deadline, at)
         return job
@@ -324,15 +329,15 @@ class Store:
     def pause(self, job_id: str, deadline: float, at: float) -> Job:
         """Hold a job back until `resume`; one that has workers is asked to stop."""
         with writing(self.engine) as connection:
-            job = _get(connection, job_id)
+            job = get(connection, job_id)
             if job.state == State.QUEUED and not job.held:
-                _tell(connection, job.id, job.attempt, at, job.state, "paused", None)
-                return _change(connection, job, at, held=True, cause="paused")
+                note(connection, job, at, "paused")
+                return change(connection, job, at, held=True, cause="paused")
             ends = job.stop_cause in (StopCause.PAUSE, StopCause.CANCEL, StopCause.DEADLINE)
             if job.state == State.PREEMPTING and not (job.next_workers or job.held or ends):
                 # it gives its workers to somebody already
-                _tell(connection, job.id, job.attempt, at, job.state, "paused", None)
-                return _change(connection, job, at, held=True)
+                note(connection, job, at, "paused")
+                return change(connection, job, at, held=True)
         if job.state in (State.STARTING, State.RUNNING) or job.next_workers:
             return self.ask_stop(job_id, job.attempt, StopCause.PAUSE, deadline, at)
         return job
@@ -340,25 +345,25 @@ class Store:
     def resume(self, job_id: str, at: float) -> Job:
         """Let a paused job be admitted again; one that is about to stop for it goes on after."""
         with writing(self.engine) as connection:
-            job = _get(connection, job_id)
+            job = get(connection, job_id)
             if job.stop_cause == StopCause.PAUSE:  # it still holds its workers
-                _tell(connection, job.id, job.attempt, at, job.state, "resumed", None)
+                note(connection, job, at, "resumed")
                 again = {"stop_cause": StopCause.RESIZE, "next_workers": job.num_workers}
-                return _change(connection, job, at, **again)
+                return change(connection, job, at, **again)
             if job.state in LIVE and job.held:
-                _tell(connection, job.id, job.attempt, at, job.state, "resumed", None)
-                return _change(connection, job, at, held=False, cause="resumed")
+                note(connection, job, at, "resumed")
+                return change(connection, job, at, held=False, cause="resumed")
             return job
 
     def set_priority(self, job_id: str, priority: int, at: float) -> Job:
         """Change a live job's priority."""
         with writing(self.engine) as connection:
-            job = _get(connection, job_id)
+            job = get(connection, job_id)
             if job.state not in LIVE or job.priority == priority:
                 return job
             cause = f"priority {job.priority} -> {priority}"
-            _tell(connection, job.id, job.attempt, at, job.state, cause, None)
-            return _change(connection, job, at, priority=priority)
+            note(connection, job, at, cause)
+            return change(connection, job, at, priority=priority)
 
     # What the policy remembers
 
@@ -379,143 +384,3 @@ class Store:
         with writing(self.engine) as connection:
             connection.execute(USAGES.delete().where(USAGES.c.tenant.in_(list(usages))))
             connection.execute(insert(USAGES), rows)
-
-
-def _jobs() -> Select[Any]:
-    return select(*JOB_COLUMNS)
-
-
-def _unknown(job_id: str) -> UnknownJob:
-    return UnknownJob(f"job {job_id}: there is none; s2ft jobs lists them")
-
-
-def _get(connection: Connection, job_id: str) -> Job:
-    row = connection.execute(_jobs().where(JOBS.c.id == job_id)).first()
-    if row is None:
-        raise _unknown(job_id)
-    return to_job(row)
-
-
-def _get_current(connection: Connection, job_id: str, attempt: int) -> Job:
-    job = _get(connection, job_id)
-    if job.state not in HOLDING or job.attempt != attempt:
-        raise StaleAttempt(job_id, attempt, f"{job.state}, attempt {job.attempt}")
-    return job
-
-
-def _tell(
-    connection: Connection,
-    job_id: str,
-    attempt: int,
-    at: float,
-    state: State,
-    cause: str,
-    detail: str | None,
-) -> None:
-    values = {"job_id": job_id, "attempt": attempt, "at": at, "state": str(state)}
-    connection.execute(insert(EVENTS).values(**values, cause=cause, detail=detail))
-
-
-def _change(connection: Connection, job: Job, at: float, **values: Any) -> Job:
-    """Write a job's row where nobody else has since it was read."""
-    unchanged = and_(
-        JOBS.c.id == job.id, JOBS.c.state == str(job.state), JOBS.c.attempt == job.attempt
-    )
-    plain = {key: str(value) if _is_name(value) else value for key, value in values.items()}
-    done = connection.execute(
-        update(JOBS).where(unchanged).values(**plain, updated_at=max(at, job.updated_at))
-    )
-    assert done.rowcount == 1, f"{job.id} was written by somebody else"
-    return _get(connection, job.id)
-
-
-def _is_name(value: Any) -> bool:
-    return isinstance(value, State | StopCause | FailureReason)
-
-
-def _move(
-    connection: Connection,
-    job: Job,
-    to: State,
-    at: float,
-    cause: str,
-    detail: str | None = None,
-    **values: Any,
-) -> Job:
-    assert to in NEXT[job.state], f"{job.id}: no way from {job.state} to {to}"
-    at = max(at, job.updated_at)
-    attempt = values.get("attempt", job.attempt)
-    _tell(connection, job.id, attempt, at, to, cause, detail)
-    return _change(connection, job, at, state=to, cause=cause, **values)
-
-
-def _start_attempt(
-    connection: Connection,
-    job: Job,
-    num_workers: int,
-    placement: Mapping[str, int],
-    at: float,
-    cause: str,
-) -> Job:
-    at = max(at, job.updated_at)
-    connection.execute(
-        insert(ATTEMPTS).values(
-            job_id=job.id,
-            attempt=job.attempt + 1,
-            tenant=job.tenant,
-            num_workers=num_workers,
-            queued_at=job.queued_at if job.state == State.QUEUED else at,
-            admitted_at=at,
-            rows=0,
-            tokens=0,
-        )
-    )
-    held = {"num_workers": num_workers, "placement": dict(placement), "admitted_at": at}
-    return _move(
-        connection,
-        job,
-        State.STARTING,
-        at,
-        cause,
-        f"{num_workers} worker(s)",
-        attempt=job.attempt + 1,
-        not_before=None,
-        **{**_NOTHING_HELD, **held},
-    )
-
-
-def _end_attempt(
-    connection: Connection, job: Job, outcome: str, at: float, rows: int = 0, tokens: int = 0
-) -> None:
-    this = and_(ATTEMPTS.c.job_id == job.id, ATTEMPTS.c.attempt == job.attempt)
-    connection.execute(
-        update(ATTEMPTS)
-        .where(this)
-        .values(ended_at=max(at, job.updated_at), outcome=outcome, rows=rows, tokens=tokens)
-    )
-
-
-def _end(
-    connection: Connection,
-    job: Job,
-    to: State,
-    at: float,
-    cause: str,
-    detail: str | None = None,
-    **values: Any,
-) -> Job:
-    kept = {"submission_id": job.submission_id, "heartbeat_at": job.heartbeat_at}
-    ended = {**_NOTHING_HELD, **kept, "finished_at": max(at, job.updated_at), "held": False}
-    return _move(connection, job, to, at, cause, detail, **{**ended, **values})
-
-
-def _fail(
-    connection: Connection,
-    job: Job,
-    reason: FailureReason,
-    message: str,
-    at: float,
-    **values: Any,
-) -> Job:
-    values = {**values, "error": message, "failure": reason}
-    return _end(connection, job, State.FAILED, at, reason, message, **values)

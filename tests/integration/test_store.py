@@ -208,6 +208,8 @@ def test_a_paused_job_is_held_until_it_is_resumed(store: Store) -> None:
 def test_a_clock_that_goes_backwards_moves_no_time_back(store: Store) -> None:
     job = admitted(store, at=100.0)
     job = store.beat(job.id, 1, 50.0, Progress(1, 2))
+    store.set_priority(job.id, 3, 45.0)
+    store.pause(job.id, 99.0, 44.0)
     job = store.succeed(job.id, 1, ("acme.bot", "1"), 40.0)
     assert job.finished_at == 100.0
     times = [event.at for event in store.events(job.id)]
