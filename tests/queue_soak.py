@@ -15,6 +15,7 @@ import argparse
 import json
 import os
 import random
+import signal
 import subprocess
 import sys
 import tempfile
@@ -146,6 +147,7 @@ def main() -> int:
     parser.add_argument("--small-disk", action="store_true")
     parser.add_argument("--postgresql", action="store_true")
     args = parser.parse_args()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("told to end"))  # and its node with it
     rng = random.Random(args.seed)
     with ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="s2ft-soak-")))
