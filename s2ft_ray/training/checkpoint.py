@@ -84,11 +84,11 @@ class Checkpointer:
         traceback: TracebackType | None,
     ) -> None:
         try:
-            self.settle()
-        except CheckpointError as fault:
             if kind is None:
-                raise
-            logger.warning("%s", fault)  # beside the error that has ended the training
+                self.settle()
+            elif self._pending is not None and (fault := self._pending.exception()):
+                # Told beside the error that has ended the training, which goes on.
+                logger.warning("the newest checkpoint is not saved: %s", fault)
         finally:
             self._stager.close()
             dist.destroy_process_group(self._group)

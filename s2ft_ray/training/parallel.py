@@ -12,8 +12,10 @@ Invariant: in each, slices and so their gradients and optimizer state are sharde
 summed (not averaged) over workers, and the frozen base is in no optimizer and no reduction.
 """
 
+import logging
 import math
 import os
+import time
 from dataclasses import dataclass
 from typing import Literal
 
@@ -24,7 +26,10 @@ from torch import nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 
+logger = logging.getLogger(__name__)
 Sharding = Literal["replicate", "full", "hybrid"]
+PROGRESS_S = 10.0
+"""How often a base that is being read in parts is told of."""
 
 
 @dataclass(frozen=True)
@@ -110,8 +115,13 @@ def shard_model(model: nn.Module, workers: Workers, layout: Layout) -> None:
     # bytes are about 1% of the base's.
     reshard = not replicate
     mesh = _build_mesh(workers, layout)
-    for layer in [*decoder_layers(model), model]:
+    layers, told = decoder_layers(model), time.monotonic()
+    for number, layer in enumerate([*layers, model]):
+        # Of a mapped base this reads the worker's part of the layer from its files.
         fully_shard(layer, mesh=mesh, ignored_params=ignored, reshard_after_forward=reshard)
+        if workers.rank == 0 and time.monotonic() - told >= PROGRESS_S:
+            told = time.monotonic()
+            logger.info("%d of %d layers are laid out", min(number + 1, len(layers)), len(layers))
     for module in model.modules():
         if isinstance(module, FSDPModule):
             # Gloo refuses other divide factors; the loss is divided by the global count of
