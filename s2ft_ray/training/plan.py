@@ -56,6 +56,8 @@ class RunPlan:
     parent: Parent | None
     num_sequences: int
     """Rows in one epoch; packed sequences under packing."""
+    packed_share: float | None
+    """Of the room in packed sequences what tokens fill; None without packing."""
     num_parameters: int
     num_trainable: int
     costs: list[Cost]
@@ -79,6 +81,7 @@ class RunPlan:
             f" {self.config.data.max_seq_len} tokens",
             f"tokens      p50 {report.tokens_p50}, p99 {report.tokens_p99},"
             f" max {report.tokens_max}; {report.target_tokens:,} of {report.tokens:,} are targets",
+            *self._describe_packing(),
             f"steps       {self.num_steps} of {optim.global_batch_size} {unit}",
             *map(_describe_memory, self.costs),
             *map(_describe_traffic, self.costs),
@@ -88,6 +91,14 @@ class RunPlan:
             *(f"note        {note}" for note in report.notes),
         ]
         return "\n".join(lines)
+
+    def _describe_packing(self) -> list[str]:
+        if self.packed_share is None:
+            return []
+        return [
+            f"packing     {self.data.report.rows:,} rows in {self.num_sequences:,} sequences of"
+            f" {self.config.data.max_seq_len} tokens, {self.packed_share:.1%} of them filled"
+        ]
 
 
 def _describe_memory(cost: Cost) -> str:
@@ -151,6 +162,11 @@ def plan_run(config: RunConfig) -> RunPlan:
     if faults:
         raise ConfigError(*faults)
     packing = config.data.max_seq_len if config.data.packing else None
+    packed_share = None
+    if packing is not None:
+        once = [(count, 1.0) for count, _ in data.groups]
+        room = num_sequences(data.train, packing, config.seed, once) * packing
+        packed_share = data.report.tokens / room
     base = measure_base(config, model_config)
     return RunPlan(
         config=config,
@@ -158,6 +174,7 @@ def plan_run(config: RunConfig) -> RunPlan:
         tokenizer=tokenizer,
         parent=parent,
         num_sequences=num_sequences(data.train, packing, config.seed, data.groups),
+        packed_share=packed_share,
         num_parameters=base.parameters,
         num_trainable=num_trainable,
         costs=_estimate_costs(

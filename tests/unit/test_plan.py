@@ -123,3 +123,26 @@ def test_a_70b_run_is_planned_on_paper(tmp_path: Path, monkeypatch: pytest.Monke
     text = plan.describe()
     assert "MiB on each of 16 worker(s) in hybrid" in text
     assert f"checkpoint  {12 * plan.num_trainable / 2**20:,.1f} MiB" in text
+
+
+def test_packing_is_told_with_how_full_the_sequences_are(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("S2FT_HOME", str(tmp_path))
+    rows = tmp_path / "rows.jsonl"
+    row = json.dumps({"prompt": "Number 1 is", "completion": " odd"}) + "\n"
+    rows.write_text(row * 41)  # two of them are held out
+    document = {
+        "tenant": "acme",
+        "name": "packed",
+        "data": {"train": [{"path": str(rows), "weight": 2}], "packing": True, "max_seq_len": 64},
+    }
+    plan = plan_run(parse_config(document))
+    each = plan.data.report.tokens // 39
+    whole = 64 // each  # rows in a sequence
+    sequences = -(-39 // whole)
+    assert plan.packed_share == pytest.approx(39 * each / (sequences * 64))
+    told = f"39 rows in {2 * sequences} sequences of 64 tokens, {plan.packed_share:.1%} of them"
+    assert told in plan.describe()
+    alone = plan_run(parse_config({**document, "data": {"train": str(rows)}}))
+    assert alone.packed_share is None
