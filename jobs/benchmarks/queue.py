@@ -23,6 +23,7 @@ from benchmarks.queue_measures import (
     hourly_utilisation,
     ideal_delays,
     measure_fairness,
+    used_while_wanted,
     utilisation,
 )
 from benchmarks.queue_service import measure_service
@@ -46,6 +47,7 @@ class Result:
     record: Record
     fairness: Fairness
     utilisation: float
+    used_while_wanted: float
     hourly: Floats
 
 
@@ -93,7 +95,8 @@ def simulate(trace: Trace, figure: str | None) -> dict[str, Any]:
         record = _simulate(trace, policy)
         hourly = hourly_utilisation(trace, record)
         fairness = measure_fairness(trace, record)
-        results.append(Result(name, record, fairness, utilisation(trace, record), hourly))
+        used = used_while_wanted(trace, record)
+        results.append(Result(name, record, fairness, utilisation(trace, record), used, hourly))
     if not all(it.fairness.jain.size for it in results):
         raise SystemExit(
             f"--days {trace.duration_s / 86400:g}: in no day several tenants waited all along, so"
@@ -101,7 +104,8 @@ def simulate(trace: Trace, figure: str | None) -> dict[str, Any]:
         )
     _tell("the ideal fair queue")
     delays = ideal_delays(trace)
-    print("\n" + render_summary(trace, results, delays))
+    slower = ideal_delays(trace, results[0].used_while_wanted)
+    print("\n" + render_summary(trace, results, delays, slower))
     print("\n" + render_waits(results))
     print("\n" + render_tenants(trace, results[0]), flush=True)
     if figure:
@@ -143,8 +147,14 @@ def _late_jobs(trace: Trace, record: Record, delays: dict[str, float]) -> tuple[
     return sum(it > 0 for it in beyond), max(beyond)
 
 
-def render_summary(trace: Trace, results: list[Result], delays: dict[str, float]) -> str:
-    """Return the table of what is promised, a column a policy."""
+def render_summary(
+    trace: Trace, results: list[Result], delays: dict[str, float], slower: dict[str, float]
+) -> str:
+    """Return the table of what is promised, a column a policy.
+
+    `slower` are the delays of an ideal queue that has no more workers than were in use under the
+    first policy while jobs waited.
+    """
     fifo = results[1].utilisation
     work_s = sum(job.work_s for job in trace.jobs)
     rows: list[tuple[str, Callable[[Result], str]]] = [
@@ -173,6 +183,12 @@ def render_summary(trace: Trace, results: list[Result], delays: dict[str, float]
             "jobs over twice the ideal wait + longest (0)",
             lambda it: "{}, worst by {:+.1f} h".format(
                 *_hours(_late_jobs(trace, it.record, delays))
+            ),
+        ),
+        (
+            f"the same with {results[0].used_while_wanted:.1%} of the workers, as fair share used",
+            lambda it: "{}, worst by {:+.1f} h".format(
+                *_hours(_late_jobs(trace, it.record, slower))
             ),
         ),
         ("preemptions", lambda it: f"{it.record.num_preemptions}"),
@@ -279,6 +295,7 @@ def _to_json(trace: Trace, result: Result, delays: dict[str, float]) -> dict[str
         "off_capacity_worst": float(np.abs(fairness.off_capacity).max()),
         "off_entitlement_worst": float(np.abs(fairness.off_entitlement).max()),
         "by_tenant": fairness.by_tenant,
+        "used_while_wanted": result.used_while_wanted,
         "late_jobs": late,
         "latest_beyond_s": worst_s,
         "preemptions": record.num_preemptions,

@@ -128,8 +128,19 @@ class Claims:
             by_quota |= short
 
 
-def ideal_delays(trace: Trace) -> dict[str, float]:
-    """Return how much later than alone each job ends in the ideal fair queue, in seconds."""
+def used_while_wanted(trace: Trace, record: Record) -> float:
+    """Return the part of the workers that was held while jobs waited for workers."""
+    spans = np.diff(np.array(record.times), append=record.times[-1])
+    wanted = np.array(record.wanted).sum(axis=1) > 0
+    held = np.array(record.held).sum(axis=1)
+    return float((spans * held)[wanted].sum() / (spans[wanted].sum() * trace.num_workers))
+
+
+def ideal_delays(trace: Trace, share: float = 1.0) -> dict[str, float]:
+    """Return how much later than alone each job ends in the ideal fair queue, in seconds.
+
+    `share` is the part of the workers that it has.
+    """
     left = {job.id: job.work_s + STARTUP_S * job.sizes[0] for job in trace.jobs}
     lengths = {job.id: left[job.id] / job.sizes[0] for job in trace.jobs}
     claims = Claims.of(trace)
@@ -139,7 +150,7 @@ def ideal_delays(trace: Trace) -> dict[str, float]:
     arrivals = list(reversed(trace.jobs))
     now = 0.0
     while arrivals or any(lines):
-        rates = _fluid_rates(lines, claims, trace.num_workers)
+        rates = _fluid_rates(lines, claims, share * trace.num_workers)
         then = min((now + left[job_id] / rate for job_id, rate in rates.items()), default=np.inf)
         if arrivals:
             then = min(then, arrivals[-1].submitted_at)
@@ -159,7 +170,7 @@ def ideal_delays(trace: Trace) -> dict[str, float]:
 
 
 def _fluid_rates(
-    lines: Sequence[list[_Fluid]], claims: Claims, num_workers: int
+    lines: Sequence[list[_Fluid]], claims: Claims, num_workers: float
 ) -> dict[str, float]:
     """Return the workers of each job that runs: the tenants' shares, dealt out in line."""
     demands = np.array([float(sum(it[3] for it in line)) for line in lines])
