@@ -1,5 +1,6 @@
 """What the serving tests stand on: registered adapters of the embedded base, merged answers."""
 
+import copy
 import socket
 from dataclasses import dataclass
 from pathlib import Path
@@ -65,17 +66,29 @@ def register(node: Node, folder: Path, adapter: Adapter, name: str, alias: str) 
         return register_adapter(folder, config, mlflow_run_id=run.info.run_id).version
 
 
+def save_other_base(folder: Path) -> None:
+    """Save another base: the embedded one with its first two layers exchanged."""
+    base = ModelConfig(name_or_path=BASE)
+    model = load_base_model(base)
+    layers = model.model.layers
+    first, second = (copy.deepcopy(layers[i].state_dict()) for i in (0, 1))
+    layers[0].load_state_dict(second)
+    layers[1].load_state_dict(first)
+    model.save_pretrained(folder)
+    load_tokenizer(base).save_pretrained(folder)
+
+
 @dataclass
 class Merged:
-    """The embedded base, into which each adapter is switched in turn."""
+    """A base, into which each adapter is switched in turn."""
 
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
 
     @classmethod
-    def load(cls) -> "Merged":
-        """Load the base."""
-        base = ModelConfig(name_or_path=BASE)
+    def load(cls, name: str = BASE) -> "Merged":
+        """Load a base."""
+        base = ModelConfig(name_or_path=name)
         return cls(load_base_model(base), load_tokenizer(base))
 
     @torch.inference_mode()

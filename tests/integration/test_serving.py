@@ -2,134 +2,27 @@
 
 import json
 import subprocess
-import threading
 import time
 import urllib.request
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import hypothesis
 import jsonschema
 import openai
-import psutil
 import pytest
 import schemathesis
 from mlflow import MlflowClient
 from nodes import BIN, Node
-from serving_parts import BASE, Merged, free_port, make_adapter, register
-
-from s2ft_ray.accounts import Accounts
-from s2ft_ray.method import Adapter
-
-PROMPTS = ["Order 6813 the saw", "Please sort 5 1 9", "Hello, where is", "3 + 4 =", "The fan from"]
-TOKENS = 12
-
-
-@dataclass
-class Service:
-    """The service of a node, its keys, and the adapters that it should be serving."""
-
-    node: Node
-    url: str
-    keys: dict[str, str]
-    adapters: dict[str, Adapter]
-    """By name and version."""
-    merged: Merged
-    folder: Path
-    wanted: dict[tuple[str, str], str] = field(default_factory=dict)
-
-    def client(self, tenant: str = "initech", retries: int = 0) -> openai.OpenAI:
-        return openai.OpenAI(
-            base_url=f"{self.url}/v1", api_key=self.keys[tenant], max_retries=retries, timeout=120
-        )
-
-    def expected(self, version: str, prompt: str) -> str:
-        """Return the merged model's greedy continuation; ``base`` is no adapter's."""
-        if (version, prompt) not in self.wanted:
-            adapter = self.adapters.get(version)
-            text = self.merged.continue_text(adapter, prompt, TOKENS)
-            self.wanted[version, prompt] = text
-        return self.wanted[version, prompt]
-
-    def ask(self, model: str, prompt: str, tenant: str = "initech", retries: int = 0) -> Any:
-        return self.client(tenant, retries).completions.create(
-            model=model, prompt=prompt, max_tokens=TOKENS, temperature=0
-        )
-
-    def s2ft(self, *args: str) -> str:
-        done = self.node.s2ft(*args)
-        assert done.returncode == 0, done.stderr
-        return done.stdout
-
-    def post(self, action: str, body: dict[str, Any]) -> Any:
-        """Promote or roll back initech.swapped, as its owner."""
-        request = urllib.request.Request(
-            f"{self.url}/v1/models/initech.swapped/{action}",
-            json.dumps(body).encode(),
-            {"Authorization": f"Bearer {self.keys['initech']}", "Content-Type": "application/json"},
-        )
-        with urllib.request.urlopen(request, timeout=60) as reply:
-            return json.loads(reply.read())
-
-    def wait_for(self, model: str, version: str, timeout_s: float = 240) -> None:
-        """Wait until `model` is answered by the adapter `version`."""
-        wanted = self.adapters[version].fingerprint
-        wait_until(lambda: self.ask(model, "x").system_fingerprint == wanted, timeout_s)
-
-
-def wait_until(holds: Callable[[], bool], timeout_s: float = 240) -> None:
-    deadline = time.monotonic() + timeout_s
-    while not holds():
-        assert time.monotonic() < deadline, "it doesn't come true"
-        time.sleep(0.1)
+from served_node import OTHER, PROMPTS, TOKENS, Load, Service, start_service
+from serving_parts import BASE, Merged, make_adapter, register
 
 
 @pytest.fixture(scope="module")
 def service(node: Node, tmp_path_factory: pytest.TempPathFactory) -> Service:
-    folder = tmp_path_factory.mktemp("adapters")
-    adapters = {}
-    for seed, (name, version, alias) in enumerate(
-        [
-            ("initech.served", 1, "champion"),
-            ("globex.served", 1, "champion"),
-            ("initech.swapped", 1, "champion"),
-            ("initech.swapped", 2, "candidate"),
-        ]
-    ):
-        adapter = make_adapter(seed + 1, scale=0.3)
-        adapters[f"{name}:{version}"] = adapter
-        assert register(node, folder / f"{seed}", adapter, name, alias) == version
-    accounts = Accounts(f"sqlite:///{node.home / 'scheduler.db'}")
-    for tenant in ("initech", "globex"):
-        accounts.set_tenant(tenant)
-    keys = {tenant: accounts.create_key(tenant).secret for tenant in ("initech", "globex")}
-    keys["operator"] = accounts.create_key(None, operator=True).secret
-    accounts.close()
-    port = free_port()
-    started = node.s2ft("serve", "--base", BASE, "--port", str(port))
-    assert started.returncode == 0, started.stderr
-    url = f"http://127.0.0.1:{port}"
-    service = Service(node, url, keys, adapters, Merged.load(), folder)
-    # others that were registered on this node are listed too
-    names = {
-        BASE,
-        "globex.served",
-        "initech.served",
-        "initech.swapped",
-        "initech.swapped@candidate",
-    }
-    wait_until(lambda: names <= set(listed(service, "operator")))
-    return service  # it holds no CPU, and ends with the node
-
-
-def listed(service: Service, tenant: str) -> list[str]:
-    try:
-        return [model.id for model in service.client(tenant).models.list()]
-    except openai.InternalServerError:  # before the first pass over the registry
-        return []
+    # it holds no CPU, and ends with the node
+    return start_service(node, tmp_path_factory.mktemp("adapters"))
 
 
 def test_two_tenants_adapters_and_the_base_answer_at_once_as_merged(service: Service) -> None:
@@ -154,14 +47,24 @@ def test_two_tenants_adapters_and_the_base_answer_at_once_as_merged(service: Ser
 
 
 def test_a_tenant_lists_and_calls_its_own_alone(service: Service) -> None:
-    own = [BASE, "initech.served", "initech.swapped", "initech.swapped@candidate"]
-    assert listed(service, "initech") == own
-    assert listed(service, "globex") == [BASE, "globex.served"]
+    own = {"initech.served", "initech.swapped", "initech.swapped@candidate"}
+    assert set(service.listed("initech")) == {BASE, OTHER} | own
+    assert set(service.listed("globex")) == {BASE, OTHER, "globex.served"}
     with pytest.raises(openai.NotFoundError) as refused:
         service.ask("globex.served", "x", "initech")
     assert refused.value.code == "model_not_found"
     with pytest.raises(openai.AuthenticationError):
         openai.OpenAI(base_url=f"{service.url}/v1", api_key="s2ft-0-0", max_retries=0).models.list()
+
+
+def test_two_bases_stand_behind_one_ingress(service: Service) -> None:
+    merged = Merged.load(str(service.folder / OTHER))
+    for prompt in PROMPTS[:2]:
+        with ThreadPoolExecutor(2) as pool:
+            one, other = pool.map(service.ask, (BASE, OTHER), (prompt, prompt))
+        assert one.choices[0].text == service.expected("base", prompt)
+        assert other.choices[0].text == merged.continue_text(None, prompt, TOKENS)
+        assert one.system_fingerprint != other.system_fingerprint
 
 
 def test_a_stream_is_the_whole_answer_in_pieces(service: Service) -> None:
@@ -252,74 +155,6 @@ def test_an_answer_follows_its_json_schema(service: Service) -> None:
         )
 
 
-class Load:
-    """Clients that ask all the time, half of them streaming, and what they got."""
-
-    def __init__(self, service: Service, model: str, num_clients: int = 4) -> None:
-        self.service = service
-        self.model = model
-        self.answers: list[tuple[str, str, str]] = []
-        """(prompt, fingerprint, text) of each whole answer."""
-        self.broken: list[tuple[str, str, str]] = []
-        """(prompt, text so far, error) of each that broke off."""
-        self._over = threading.Event()
-        self._threads = [
-            threading.Thread(target=self._ask, args=(i,), daemon=True) for i in range(num_clients)
-        ]
-
-    def __enter__(self) -> "Load":
-        for thread in self._threads:
-            thread.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._over.set()
-        for thread in self._threads:
-            thread.join(60)
-
-    def _ask(self, client: int) -> None:
-        turn = client
-        while not self._over.is_set():
-            prompt = PROMPTS[turn % len(PROMPTS)]
-            turn += 1
-            time.sleep(0.02)  # two cores serve and test
-            text, fingerprints = "", set()
-            try:
-                if client % 2:
-                    answer = self.service.ask(self.model, prompt)
-                    text, fingerprints = answer.choices[0].text, {answer.system_fingerprint}
-                else:
-                    for chunk in self.service.client().completions.create(
-                        model=self.model,
-                        prompt=prompt,
-                        max_tokens=TOKENS,
-                        temperature=0,
-                        stream=True,
-                    ):
-                        text += chunk.choices[0].text
-                        fingerprints.add(chunk.system_fingerprint)
-                (fingerprint,) = fingerprints
-                self.answers.append((prompt, str(fingerprint), text))
-            except openai.APIError as error:
-                self.broken.append((prompt, text, str(error)))
-
-    def check(self, *versions: str) -> None:
-        """Every whole answer is that of the version which it says, and of one of `versions`."""
-        by_fingerprint = {self.service.adapters[v].fingerprint: v for v in versions}
-        for prompt, fingerprint, text in self.answers:
-            version = by_fingerprint[fingerprint]
-            assert text == self.service.expected(version, prompt), (version, prompt)
-
-
-def running(service: Service) -> int:
-    request = urllib.request.Request(
-        f"{service.url}/v1/adapters",
-        headers={"Authorization": f"Bearer {service.keys['operator']}"},
-    )
-    with urllib.request.urlopen(request, timeout=30) as reply:
-        return sum(adapter["running"] for adapter in json.loads(reply.read())["data"])
-
-
 def test_a_client_that_leaves_ends_its_generation(service: Service) -> None:
     # greedy, this one goes on for ever
     ask = {"model": "initech.swapped@candidate", "prompt": PROMPTS[4], "n": 8, "max_tokens": 450}
@@ -327,23 +162,23 @@ def test_a_client_that_leaves_ends_its_generation(service: Service) -> None:
     started = time.monotonic()
     with service.client().completions.create(**ask, stream=True) as stream:
         next(iter(stream))
-        assert running(service) == 8
+        assert service.running() == 8
     left = time.monotonic()
-    wait_until(lambda: running(service) == 0)
+    service.wait_until(lambda: service.running() == 0)
     assert time.monotonic() - left < 5 * max(left - started, 0.2)
     with pytest.raises(openai.APITimeoutError):
         service.client().with_options(timeout=0.5).completions.create(**ask)
-    wait_until(lambda: running(service) == 0, timeout_s=3)
+    service.wait_until(lambda: service.running() == 0, timeout_s=3)
 
 
 def test_a_promotion_under_load_fails_no_request_and_mixes_no_versions(service: Service) -> None:
-    with Load(service, "initech.swapped") as load:
-        wait_until(lambda: len(load.answers) > 10)
+    with Load(service, [("initech", "initech.swapped")]) as load:
+        service.wait_until(lambda: len(load.answers) > 10)
         moved = {"model": "initech.swapped", "alias": "champion"}
         assert service.post("promote", {"version": 2}) == {**moved, "version": 2, "before": 1}
         service.wait_for("initech.swapped", "initech.swapped:2")
         num_before = len(load.answers)
-        wait_until(lambda: len(load.answers) > num_before + 10)
+        service.wait_until(lambda: len(load.answers) > num_before + 10)
         assert service.post("rollback", {}) == {**moved, "version": 1, "before": 2}
         service.wait_for("initech.swapped", "initech.swapped:1")
     assert load.broken == []
@@ -365,7 +200,7 @@ def test_a_version_that_fails_its_check_takes_no_traffic(service: Service) -> No
     promoted = service.s2ft("promote", "initech.swapped", bad)
     assert promoted == f"initech.swapped@champion is version {bad}, was 1\n"
     reason = "s2ft.rejected"
-    wait_until(lambda: reason in registry.get_model_version("initech.swapped", bad).tags)
+    service.wait_until(lambda: reason in registry.get_model_version("initech.swapped", bad).tags)
     assert "fingerprint" in registry.get_model_version("initech.swapped", bad).tags[reason]
     wanted = service.adapters["initech.swapped:1"].fingerprint
     assert service.ask("initech.swapped", "x").system_fingerprint == wanted
@@ -375,29 +210,67 @@ def test_a_version_that_fails_its_check_takes_no_traffic(service: Service) -> No
     assert service.ask("initech.swapped", "x").system_fingerprint == wanted
 
 
-def replica_pids(service: Service) -> list[int]:
-    family = [
-        child
-        for entry in service.node.status()["services"]
-        if entry["name"] == "ray"
-        for child in psutil.Process(entry["pid"]).children(recursive=True)
-    ]
-    title = "ServeReplica:s2ft:Base"
-    return [process.pid for process in family if title in " ".join(process.cmdline())]
-
-
 def test_a_killed_replica_costs_no_answer_that_had_not_begun(service: Service) -> None:
-    with Load(service, "initech.served") as load:
-        wait_until(lambda: len(load.answers) > 10)
-        (pid,) = replica_pids(service)
-        psutil.Process(pid).kill()
-        num_before = len(load.answers)
-        wait_until(lambda: len(load.answers) > num_before + 10, timeout_s=240)
+    with Load(service, [("initech", "initech.served")]) as load:
+        load.wait_for_more(10)
+        service.kill("a base's replica")
+        load.wait_for_more(10)
     load.check("initech.served:1")
-    for prompt, text, error in load.broken:
+    load.check_broken("initech.served:1")
+    for _, text, error in load.broken:
         assert "died in the middle" in error
         assert text
-        assert service.expected("initech.served:1", prompt).startswith(text)
+
+
+def test_what_serves_outlives_its_controller_its_watcher_and_the_registry(service: Service) -> None:
+    asked = [("initech", "initech.served"), ("globex", "globex.served")]
+    with Load(service, asked) as load:
+        load.wait_for_more(10)
+        service.kill("the controller")
+        service.kill("the watcher")
+        load.wait_for_more(20)
+        service.kill_registry()
+        load.wait_for_more(20)
+        with pytest.raises(openai.InternalServerError, match=r"can't be looked up|can't be used"):
+            service.ask("initech.served:7", "x")
+        service.s2ft("up")
+        service.wait_until(lambda: "globex.served" in service.listed("globex"))
+        load.wait_for_more(10)
+    assert load.broken == []
+    load.check("initech.served:1", "globex.served:1")
+
+
+def test_a_damaged_file_is_refused_by_name(service: Service) -> None:
+    folder = service.folder / "damaged"
+    version = register(service.node, folder, make_adapter(9), "initech.served", "trial")
+    uri = service.node.env["MLFLOW_TRACKING_URI"]
+    source = MlflowClient(uri, uri).get_model_version_download_uri("initech.served", str(version))
+    (file,) = Path(source.removeprefix("file://")).rglob("adapter_model.safetensors")
+    file.write_bytes(file.read_bytes()[:-100])
+    with pytest.raises(openai.NotFoundError, match="adapter_model"):
+        service.ask(f"initech.served:{version}", "x")
+    assert service.ask("initech.served", PROMPTS[0]).choices[0].text == service.expected(
+        "initech.served:1", PROMPTS[0]
+    )
+
+
+def test_a_dedicated_base_answers_for_one_adapter_and_comes_back(service: Service) -> None:
+    before = service.ask(BASE, PROMPTS[0]).choices[0].text
+    place = "/v1/models/initech.served/place"
+    service.send(place, {"placement": "dedicated"})
+
+    def placements() -> dict[str, str]:
+        return {it["name"]: it["placement"] for it in service.send("/v1/adapters")["data"]}
+
+    service.wait_until(lambda: placements().get("initech.served") == "dedicated")
+    answer = service.ask("initech.served", PROMPTS[0]).choices[0].text
+    assert answer == service.expected("initech.served:1", PROMPTS[0])
+    with pytest.raises(openai.InternalServerError, match=r"dedicated to initech\.served"):
+        service.ask(BASE, "x")
+    service.send(place, {"placement": "pinned"})
+    service.wait_until(lambda: placements().get("initech.served") == "pinned")
+    assert service.ask(BASE, PROMPTS[0]).choices[0].text == before
+    service.send(place, {"placement": None})
 
 
 def test_nothing_that_the_description_allows_makes_it_fail(service: Service) -> None:
@@ -439,7 +312,7 @@ def test_the_operator_sees_metrics_and_adapters(service: Service) -> None:
         with urllib.request.urlopen(request, timeout=30) as reply:
             return str(reply.read().decode())
 
-    wait_until(lambda: "ray_s2ft_completion_tokens_total{" in metrics())
+    service.wait_until(lambda: "ray_s2ft_completion_tokens_total{" in metrics())
     lines = metrics().splitlines()
     counted = [line for line in lines if line.startswith("ray_s2ft_requests_total{")]
     assert any('model="initech.swapped"' in line and 'tenant="initech"' in line for line in counted)
