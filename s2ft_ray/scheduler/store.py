@@ -30,6 +30,7 @@ from s2ft_ray.scheduler.rows import to_event, to_job
 from s2ft_ray.scheduler.tables import ATTEMPTS, EVENTS, JOBS, USAGES
 from s2ft_ray.scheduler.transitions import (
     NOTHING_HELD,
+    SELECT_JOBS,
     change,
     end,
     end_attempt,
@@ -38,7 +39,6 @@ from s2ft_ray.scheduler.transitions import (
     get_current,
     move,
     note,
-    select_jobs,
     start_attempt,
     tell,
     unknown,
@@ -78,8 +78,8 @@ class Store:
 
     def live_jobs(self) -> list[Job]:
         """Return every job that waits or holds workers, oldest first."""
-        query = (
-            select_jobs().where(JOBS.c.finished_at.is_(None)).order_by(JOBS.c.created_at, JOBS.c.id)
+        query = SELECT_JOBS.where(JOBS.c.finished_at.is_(None)).order_by(
+            JOBS.c.created_at, JOBS.c.id
         )
         with reading(self.engine) as connection:
             return [to_job(row) for row in connection.execute(query)]
@@ -92,7 +92,7 @@ class Store:
         after: str | None = None,
     ) -> list[Job]:
         """Return a page of jobs, newest first; `after` is the last id of the page before."""
-        query = select_jobs().order_by(JOBS.c.created_at.desc(), JOBS.c.id.desc()).limit(limit)
+        query = SELECT_JOBS.order_by(JOBS.c.created_at.desc(), JOBS.c.id.desc()).limit(limit)
         if tenant is not None:
             query = query.where(JOBS.c.tenant == tenant)
         if wanted := [str(state) for state in states]:
@@ -124,7 +124,7 @@ class Store:
             JOBS.c.finished_at.is_(None),
         )
         with writing(self.engine) as connection:
-            if row := connection.execute(select_jobs().where(same)).first():
+            if row := connection.execute(SELECT_JOBS.where(same)).first():
                 return to_job(row)
             values = asdict(submission)
             job_id = job_id or f"job-{secrets.token_hex(5)}"
