@@ -115,7 +115,7 @@ class _Teller:
         place = job["position"] or 0
         since_s = time.monotonic() - self._at
         waits = job["state"] == "queued"
-        moved_up = place < self._place
+        moved_up = 0 < place < self._place or self._place == 0 < place
         if (
             state == self._told
             and not moved_up

@@ -261,7 +261,9 @@ def test_a_driver_prints_on_where_its_log_is_on_a_full_disk(
 
 
 def test_a_place_further_back_isnt_told_at_once(capsys: pytest.CaptureFixture[str]) -> None:
-    places = [answer(position=place, reason="needs 1 x (1 CPU)") for place in (7, 6, 7, 6, 5)]
+    # None: a scheduler that has just been started again
+    seen = (7, 6, 7, None, 6, 5)
+    places = [answer(position=place, reason="needs 1 x (1 CPU)") for place in seen]
     queue = FakeQueue(*places, answer("starting"))
     wait(queue, {**answer(position=7, reason="submitted"), "is_new": True, "may_wait": True})
     told = capsys.readouterr().out.splitlines()[2:]
