@@ -1,9 +1,8 @@
 """A run whose workers die by SIGKILL at chosen moments, in processes of their own.
 
-The processes come from a fork server that has torch imported, so a start costs a second.
+A checkpoint is written beside the steps, so that a death in a step also meets one half written.
 """
 
-import multiprocessing
 import os
 import random
 import shutil
@@ -18,6 +17,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from gloo import fork_server
 
 from s2ft_ray.training import checkpoint, worker
 from s2ft_ray.training.metrics import MetricsLog
@@ -25,6 +25,7 @@ from s2ft_ray.training.metrics import MetricsLog
 WORLD_SIZE = 2
 MOMENTS: dict[str, tuple[Any, str]] = {
     "while a step is done": (worker, "train_step"),
+    "while the state is copied": (checkpoint, "_tensors_of"),
     "while a checkpoint's folder is made": (checkpoint, "_make_empty"),
     "while tensors are written": (checkpoint.state_dict_saver, "save"),
     "while tensors are read back": (checkpoint.state_dict_loader, "load"),
@@ -39,6 +40,7 @@ MOMENTS: dict[str, tuple[Any, str]] = {
 
 ON_EVERY_RANK = {
     "while a step is done",
+    "while the state is copied",
     "while tensors are written",
     "while tensors are read back",
     "while the adapter is extracted",
@@ -65,8 +67,7 @@ class Kill:
 
 def start(path: Path, kill: Kill | None) -> list[int | None]:
     """Train the run until it ends or a worker dies; return the exit codes."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["s2ft_ray.training.worker"])
+    context = fork_server()
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -97,22 +98,23 @@ def _work(path: Path, rank: int, port: int, kill: Kill | None) -> None:
     )
     if kill is not None and kill.rank == rank:
         owner, name = MOMENTS[kill.moment]
-        setattr(owner, name, _deadly(getattr(owner, name), kill))
+        setattr(owner, name, deadly(getattr(owner, name), kill.call, kill.is_after))
     worker.run_worker(path, torch.device("cpu"), num_threads=1)
     dist.barrier()
     os._exit(0)
 
 
-def _deadly(function: Callable[..., Any], kill: Kill) -> Callable[..., Any]:
+def deadly(function: Callable[..., Any], call: int, is_after: bool) -> Callable[..., Any]:
+    """Let this process die at the call number `call` of `function`, before it or after."""
     calls = [0]
 
-    def deadly(*args: Any, **kwargs: Any) -> Any:
+    def die_at(*args: Any, **kwargs: Any) -> Any:
         calls[0] += 1
-        if calls[0] == kill.call and not kill.is_after:
+        if calls[0] == call and not is_after:
             os.kill(os.getpid(), signal.SIGKILL)
         result = function(*args, **kwargs)
-        if calls[0] == kill.call:
+        if calls[0] == call:
             os.kill(os.getpid(), signal.SIGKILL)
         return result
 
-    return deadly
+    return die_at
