@@ -42,7 +42,16 @@ def _add_train(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--checkpointing", nargs="+", choices=["off", "on"], default=["off"])
     parser.add_argument("--attn", default="sdpa", help="attention implementation")
+    parser.add_argument(
+        "--only", nargs="+", metavar="TEXT", help="S2FT and who has one of these in its name"
+    )
+    parser.add_argument(
+        "--clock", choices=["wall", "cpu"], default="wall", help="cpu: the process's, of one thread"
+    )
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument(
+        "--results", metavar="FILE", help="keep the turns; the same file takes on more rounds"
+    )
 
 
 def _add_ray(parser: argparse.ArgumentParser) -> None:

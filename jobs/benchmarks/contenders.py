@@ -66,7 +66,6 @@ def build_model(
     torch.manual_seed(0)
     with device:
         model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=attn)
-    model.config.use_cache = False
     if checkpointing:
         model.activation_checkpointing_enable({"use_reentrant": False})
     return model.requires_grad_(False).train()

@@ -1,7 +1,8 @@
 """``jobs/benchmark.py train``: a training step of S2FT against the other ways of fine-tuning.
 
 Invariant: a round gives every contender a turn, a turn begins with a fresh model, and the table
-holds the ratios of the minima over all rounds.
+holds the ratios of the minima over all rounds. With ``--results`` the turns are kept, so that the
+rounds can be spread over several calls.
 """
 
 import argparse
@@ -10,7 +11,8 @@ import itertools
 import json
 import random
 import sys
-from dataclasses import asdict, dataclass, field
+import time
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -24,9 +26,10 @@ from benchmarks.contenders import (
     contenders,
     trainable_parameters,
 )
-from benchmarks.machine import describe_machine, load_warning
-from benchmarks.measure import TrainingStep
-from benchmarks.targets import Target, targets
+from benchmarks.machine import OtherWork, describe_machine, load_warning, multiplies_bf16
+from benchmarks.measure import CLOCKS, Clock, TrainingStep
+from benchmarks.targets import targets
+from benchmarks.turns import Result, Turn, TurnFile, as_document, describe_rounds, render
 from s2ft_ray.config import S2FTConfig
 from s2ft_ray.data import pack_rows
 from s2ft_ray.data.batches import MicroBatch, Sample, build_micro_batch
@@ -41,7 +44,6 @@ DEFAULT_LAYERS = {"small": 8, "7b": 32}
 # Layers and width of the small shape at other sizes, by their parameters.
 SIZES = {"10m": (4, 384), "57m": (8, 768), "214m": (8, 1536)}
 STEPS_PER_TURN = 2
-MIB = 2**20
 
 
 @dataclass(frozen=True)
@@ -69,21 +71,14 @@ class Case:
             parts.append("activation checkpointing")
         return ", ".join(parts)
 
-
-@dataclass
-class Result:
-    """What was measured of one contender."""
-
-    name: str
-    num_trainable: int
-    kept_bytes: int | None
-    """None under activation checkpointing."""
-    peak_bytes: int
-    seconds: list[float] = field(default_factory=list)
-
-    @property
-    def best(self) -> float:
-        return min(self.seconds)
+    def to_document(self) -> dict[str, Any]:
+        """Return all that decides what a step of this case costs on a machine."""
+        return {
+            "case": self.name,
+            "model": self.model_config.to_diff_dict(),
+            "device": self.device,
+            "attn": self.attn,
+        }
 
 
 def run(arguments: argparse.Namespace) -> None:
@@ -99,8 +94,10 @@ def run(arguments: argparse.Namespace) -> None:
         if (model := describe_model(case.model_config, case.attn)) != described:
             print(f"\n{model}")
             described = model
-        results = measure(case, arguments.rounds)
-        print(f"\n{case.name}: best of {arguments.rounds} rounds of {STEPS_PER_TURN} steps")
+        path = Path(arguments.results) if arguments.results else None
+        file = TurnFile(path, case.to_document(), {**machine, "clock": arguments.clock})
+        results = measure(case, file, arguments)
+        print(f"\n{case.name}: {describe_rounds(results)}")
         aims = {}
         if case.is_standard:
             aims = targets(arguments.config, case.dtype, case.rows, case.tokens)
@@ -109,7 +106,7 @@ def run(arguments: argparse.Namespace) -> None:
             {
                 "case": case.name,
                 "model": case.model_config.to_diff_dict(),
-                "results": [_to_json(result, results[0]) for result in results],
+                "results": [as_document(it, results[0]) for it in results],
             }
         )
     if arguments.json:
@@ -138,6 +135,7 @@ def build_config(shape: str, layers: int | None, width: int | None) -> LlamaConf
         num_attention_heads=width // head_dim,
         num_key_value_heads=width // head_dim * kv_heads // heads,
         head_dim=head_dim,
+        use_cache=False,
     )
 
 
@@ -155,6 +153,9 @@ def build_cases(arguments: argparse.Namespace) -> list[Case]:
     """Return the cases asked for; by default those of the shape."""
     large = arguments.config == "7b"
     dtypes = arguments.dtype or (["bf16"] if large else ["fp32", "bf16"])
+    if not arguments.dtype and not multiplies_bf16(torch.device(arguments.device)):
+        print("no bf16: this CPU hasn't the instructions for it; --dtype bf16 measures it anyway")
+        dtypes = ["fp32"]
     batches = arguments.tokens or (["1x512", "2x512", "1x1024", "2x1024"] if large else ["4x256"])
     shapes = [(arguments.layers, arguments.width)]
     if arguments.size:
@@ -204,69 +205,40 @@ def build_batch(case: Case) -> MicroBatch:
     return build_micro_batch(sequences, pad_id=0).to(case.device)
 
 
-def measure(case: Case, rounds: int) -> list[Result]:
-    """Measure all contenders; S2FT's result comes first."""
+def measure(case: Case, file: TurnFile, arguments: argparse.Namespace) -> list[Result]:
+    """Take more rounds of S2FT and the contenders whose name has a text of `only` in it.
+
+    Returns what the file has now, S2FT's result first; contenders without a turn are left out.
+    """
+    rounds, clock = arguments.rounds, CLOCKS[arguments.clock]
     size = convert(_fresh_model(case), S2FTConfig()).num_trainable
     everyone = contenders(DTYPES[case.dtype])
-    _tell(f"{case.name}: memory of {len(everyone)} contenders")
-    results = [_measure_memory(case, contender, size) for contender in everyone]
+    chosen = [everyone[0], *(it for it in everyone[1:] if _is_chosen(it.name, arguments.only))]
+    results = file.read()
+    for contender in chosen:
+        if rounds and contender.name not in results:
+            _tell(f"{case.name}: memory of {contender.name}")
+            results[contender.name] = _measure_memory(case, contender, size)
+            file.add_memory(results[contender.name])
     for number in range(1, rounds + 1):
         _tell(f"{case.name}: round {number} of {rounds}")
-        for contender, result in zip(everyone, results, strict=True):
-            result.seconds += _take_turn(case, contender, size)
-    return results
+        at = time.time_ns()
+        for contender in chosen:
+            turn = _take_turn(case, contender, size, at, clock)
+            results[contender.name].turns.append(turn)
+            file.add_turn(contender.name, turn)
+    measured = [results[it.name] for it in everyone if it.name in results]
+    if not any(it.turns for it in measured):
+        raise SystemExit(f"{case.name}: no turn is there yet; ask for --rounds")
+    return [it for it in measured if it.turns]
 
 
-def render(results: list[Result], tokens: int, aims: dict[str, Target]) -> str:
-    """Return the table: what each contender needs, and S2FT's need divided by it."""
-    own = results[0]
-    lines = [
-        "| | trainable | step ms | tokens/s | peak MiB | kept MiB | S2FT/it: time | peak | kept |",
-        "|---|--:|--:|--:|--:|--:|--:|--:|--:|",
-    ]
-    for it in results:
-        aim = aims.get(it.name, Target())
-        cells = [
-            it.name,
-            f"{it.num_trainable:,}",
-            f"{it.best * 1000:.1f}",
-            f"{tokens / it.best:,.0f}",
-            f"{it.peak_bytes / MIB:.1f}",
-            "-" if it.kept_bytes is None else f"{it.kept_bytes / MIB:.1f}",
-            _ratio(own.best / it.best, aim.seconds),
-            _ratio(own.peak_bytes / it.peak_bytes, aim.peak_bytes),
-            "-" if (kept := _kept_ratio(own, it)) is None else _ratio(kept, aim.kept_bytes),
-        ]
-        lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines)
+def _is_chosen(name: str, only: list[str] | None) -> bool:
+    return only is None or any(text in name for text in only)
 
 
 def _tell(progress: str) -> None:
     print(progress, file=sys.stderr, flush=True)
-
-
-def _ratio(ratio: float, most: float | None) -> str:
-    if most is None:
-        return f"{ratio:.3f}"
-    return f"{ratio:.3f} ({'within' if ratio <= most else 'MISSES'} {most:.2f})"
-
-
-def _kept_ratio(own: Result, it: Result) -> float | None:
-    if own.kept_bytes is None or it.kept_bytes is None:
-        return None
-    return own.kept_bytes / it.kept_bytes
-
-
-def _to_json(it: Result, own: Result) -> dict[str, object]:
-    return {
-        **asdict(it),
-        "best_seconds": it.best,
-        "s2ft_ratio": {
-            "seconds": own.best / it.best,
-            "peak_bytes": own.peak_bytes / it.peak_bytes,
-            "kept_bytes": _kept_ratio(own, it),
-        },
-    }
 
 
 def _measure_memory(case: Case, contender: Contender, size: int) -> Result:
@@ -280,13 +252,15 @@ def _measure_memory(case: Case, contender: Contender, size: int) -> Result:
     return result
 
 
-def _take_turn(case: Case, contender: Contender, size: int) -> list[float]:
+def _take_turn(case: Case, contender: Contender, size: int, at: int, clock: Clock) -> Turn:
     step = _prepare(case, contender, size)
-    step.time()  # makes the optimizer's state and warms the caches
-    seconds = [step.time() for _ in range(STEPS_PER_TURN)]
+    step.time(clock)  # makes the optimizer's state and warms the caches
+    other_work = OtherWork()
+    seconds = [step.time(clock) for _ in range(STEPS_PER_TURN)]
+    others = other_work.share()
     del step
     _free()
-    return seconds
+    return Turn(at, seconds, others)
 
 
 def _prepare(case: Case, contender: Contender, size: int) -> TrainingStep:
