@@ -1,7 +1,4 @@
-"""A service on a node: its adapters, its keys, clients that load it, and what can be killed of it.
-
-Stands under the integration tests and under ``tests/serving_chaos.py``.
-"""
+"""A service on a node: its adapters, its keys, clients that load it, and what can be killed of it."""
 
 import json
 import threading
@@ -33,9 +30,7 @@ OTHER = "other-base"
 _LOG_LINES = 60
 PARTS = {
     "a base's replica": "ServeReplica:s2ft:Base-s2ft",
-    "the ingress": "ServeReplica:s2ft:Ingress",
     "the watcher": "ServeReplica:s2ft:Watcher",
-    "the proxy": "ProxyActor",
     "the controller": "ServeController",
 }
 """What Serve runs, by how its processes are titled."""
@@ -199,7 +194,6 @@ class Load:
         """(prompt, fingerprint, text) of each whole answer."""
         self.broken: list[tuple[str, str, str]] = []
         """(prompt, text so far, error) of each that broke off."""
-        self.answered_at: list[float] = []
         self._over = threading.Event()
         self._threads = [
             threading.Thread(target=self._ask, args=(i,), daemon=True) for i in range(num_clients)
@@ -239,7 +233,6 @@ class Load:
                         fingerprints.add(chunk.system_fingerprint)
                 (fingerprint,) = fingerprints
                 self.answers.append((prompt, str(fingerprint), text))
-                self.answered_at.append(time.monotonic())
             except (openai.APIError, OSError) as error:
                 self.broken.append((prompt, text, f"{type(error).__name__}: {error}"))
                 time.sleep(0.1)

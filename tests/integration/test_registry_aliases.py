@@ -6,6 +6,7 @@ import pytest
 from mlflow import MlflowClient
 from registry_parts import make_database, make_home
 
+from s2ft_ray.cli import main
 from s2ft_ray.errors import AdapterError, ConfigError, JobError
 from s2ft_ray.registry import (
     AliasMove,
@@ -85,6 +86,15 @@ def test_a_placement_is_kept_with_its_alias(uri: str) -> None:
         place(NAME, "champion", "hot")
     with pytest.raises(AdapterError, match="has no alias trial"):
         place(NAME, "trial", "warm")
+
+
+def test_the_command_line_places(uri: str, capsys: pytest.CaptureFixture[str]) -> None:
+    promote(NAME, 1)
+    assert main(["adapters", "place", NAME, "dedicated"]) == 0
+    assert capsys.readouterr().out == f"{NAME}@champion is dedicated\n"
+    assert list_models(uri)[0].placements == {"champion": "dedicated"}
+    assert main(["adapters", "place", NAME, "free"]) == 0
+    assert list_models(uri)[0].placements == {}
 
 
 def test_a_registry_that_is_away_is_told() -> None:
