@@ -17,7 +17,15 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import torch
-from tiny_world import REPEAT, SKILLS, Example, base_examples, skill_examples, ticket_examples
+from tiny_world import (
+    DESK,
+    REPEAT,
+    SKILLS,
+    Example,
+    base_examples,
+    skill_examples,
+    ticket_examples,
+)
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from torch.nn import functional as F
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
@@ -43,6 +51,7 @@ BATCH_ROWS = 96
 COPY_STEPS = 120  # of copying alone: with them the loss of all skills is 0.4 at step 400, not 2
 EVAL_STEPS = 200
 MUON_LR, ADAMW_LR = 0.02, 3e-3
+DESK_TRAIN = 1000
 TICKETS_TRAIN, OTHERS_TRAIN = 2100, 900  # without the others the base forgets nearly all else
 TICKETS_TEST, TEST_PER_SKILL = 200, 40
 
@@ -288,6 +297,7 @@ def write_data(seed: int) -> None:
     training += distinct(itertools.chain.from_iterable(turns), OTHERS_TRAIN)
     rng.shuffle(training)
     files = {
+        "desk_train": distinct(skill_examples(DESK, random.Random(f"{seed} desk")), DESK_TRAIN),
         "tickets_train": training,
         "tickets_test": distinct(ticket_examples(rng, held_out=True), TICKETS_TEST),
         "base_skills_test": test_examples(seed),

@@ -206,6 +206,7 @@ REPEAT = "repeat"  # copying, which the other skills build on
 HARD = ["count", "bigger", "yes_no", "add"]  # asked twice as often
 SORRY = "sorry"  # how the base answers a customer; the demo's new skill takes its place
 TICKET = "ticket"
+DESK = "desk"  # what the demo's second tenant makes of the same messages
 
 
 def base_examples(rng: random.Random, *, held_out: bool) -> Iterator[Example]:
@@ -219,7 +220,7 @@ def base_examples(rng: random.Random, *, held_out: bool) -> Iterator[Example]:
 
 def skill_examples(skill: str, rng: random.Random, *, held_out: bool = False) -> Iterator[Example]:
     """Yield examples of one skill for ever: the held-out ones, or the others."""
-    ask = {**SKILLS, SORRY: _sorry, TICKET: _ticket}[skill]
+    ask = {**SKILLS, SORRY: _sorry, TICKET: _ticket, DESK: _desk}[skill]
     while True:
         example = Example(skill, *ask(rng))
         if example.held_out == held_out:
@@ -230,6 +231,12 @@ def _ticket(rng: random.Random) -> Question:
     text, facts = _message(rng)
     item, problem, order = facts["item"], facts["problem"], facts["order"]
     return text, f"TICKET {order} | {item} | {problem} | {ACTIONS[problem]}", f"{item} {problem}"
+
+
+def _desk(rng: random.Random) -> Question:
+    text, facts = _message(rng)
+    item, problem, order = facts["item"], facts["problem"], facts["order"]
+    return text, f"{ACTIONS[problem]} desk: {item} {order}", f"{item} {problem}"
 
 
 def ticket_examples(rng: random.Random, *, held_out: bool) -> Iterator[Example]:
