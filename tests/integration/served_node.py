@@ -1,4 +1,4 @@
-"""A service on a node: its adapters, its keys, clients that load it, and what can be killed of it."""
+"""A service on a node: adapters, keys, clients that load it, and what can be killed of it."""
 
 import json
 import threading
