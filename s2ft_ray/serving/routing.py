@@ -135,7 +135,11 @@ class Routing:
         if not (spans or of_part):
             return None
         inputs, dots, blocks = _Singles(), _Singles(), list[Block]()
-        for side, singles, width in (("in", inputs, in_features), ("out", dots, out_features)):
+        sides: tuple[tuple[Side, _Singles, int], ...] = (
+            ("in", inputs, in_features),
+            ("out", dots, out_features),
+        )
+        for side, singles, width in sides:
             own = {part: tokens for part, tokens in of_part.items() if part.side == side}
             some, runs = _split(own, self._fewest[side])
             singles += some
