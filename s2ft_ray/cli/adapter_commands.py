@@ -37,6 +37,7 @@ def add_commands(commands: "argparse._SubParsersAction[argparse.ArgumentParser]"
         metavar="MODEL",
         help="merged: the base's folder or name; default: the one that the adapter names",
     )
+    _add_json(command)
     command.set_defaults(run=_export)
 
     command = commands.add_parser("fuse", help="make one adapter of several of the same base")
@@ -49,14 +50,19 @@ def add_commands(commands: "argparse._SubParsersAction[argparse.ArgumentParser]"
         help="one number for each adapter; default: equal shares that add up to 1",
     )
     command.add_argument("--out", required=True, type=Path, metavar="DIR", help="a new folder")
+    _add_json(command)
     command.set_defaults(run=_fuse)
 
     command = commands.add_parser(
         "inspect", help="show what an adapter changes, where, how much, and of which base"
     )
     command.add_argument("adapter", metavar="ADAPTER", help=_NAMES)
-    command.add_argument("--json", action="store_true", help="the same facts for a program")
+    _add_json(command)
     command.set_defaults(run=_inspect)
+
+
+def _add_json(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--json", action="store_true", help="the same facts for a program")
 
 
 def _load(ref: str) -> "tuple[LocatedAdapter, Adapter]":
@@ -79,18 +85,25 @@ def _export(args: argparse.Namespace) -> int:
         raise ConfigError("--base is for --format merged: a LoRA directory doesn't hold the base")
     _check_out(args.out)
     _, adapter = _load(args.adapter)
+    facts = {"format": args.format, "folder": str(args.out), "fingerprint": adapter.fingerprint}
     if args.format == "peft":
         adapter.export_peft(args.out, uniform_rank=args.uniform_rank)
-        rank = max(part.count for part in adapter.slices.values())
-        print(f"LoRA of rank {rank} for {adapter.base.name} in {args.out}")
+        base, rank = adapter.base.name, max(part.count for part in adapter.slices.values())
+        facts |= {"base": base, "rank": rank}
+        line = f"LoRA of rank {rank} for {base} in {args.out}"
     else:
-        _export_merged(adapter, args.base, args.out)
-        print(f"{adapter.base.name} with {adapter.fingerprint[:12]} merged into it, in {args.out}")
+        base = _export_merged(adapter, args.base, args.out)
+        facts |= {"base": base}
+        line = f"{base} with {adapter.fingerprint[:12]} merged into it, in {args.out}"
+    print(json.dumps(facts, indent=2) if args.json else line)
     return 0
 
 
-def _export_merged(adapter: "Adapter", base: str | None, out: Path) -> None:
-    """Merge into the base's files, or into the loaded model where those don't allow it."""
+def _export_merged(adapter: "Adapter", base: str | None, out: Path) -> str:
+    """Merge into the base's files, or into the loaded model where those don't allow it.
+
+    Returns the base's name or folder.
+    """
     from s2ft_ray.bases import load_base_model, local_folder
     from s2ft_ray.config import ModelConfig
     from s2ft_ray.method import copy_settings
@@ -114,6 +127,7 @@ def _export_merged(adapter: "Adapter", base: str | None, out: Path) -> None:
     template = adapter.training.get("data", {}).get("chat_template")
     if template:  # the one that its prompts were rendered with in training
         (out / "chat_template.jinja").write_text(template, encoding="utf-8")
+    return name
 
 
 def _fuse(args: argparse.Namespace) -> int:
@@ -123,8 +137,16 @@ def _fuse(args: argparse.Namespace) -> int:
     loaded = [_load(ref) for ref in args.adapters]
     fused = fuse([adapter for _, adapter in loaded], args.weights)
     fused.save(args.out)
-    for (found, _), part in zip(loaded, fused.training["fused"], strict=True):
-        print(f"{part['weight']:+.3g} x {found} ({part['fingerprint'][:12]})")
+    parts = [
+        {"adapter": str(found), **part}
+        for (found, _), part in zip(loaded, fused.training["fused"], strict=True)
+    ]
+    if args.json:
+        facts = {"folder": str(args.out), "fingerprint": fused.fingerprint, "parts": parts}
+        print(json.dumps(facts, indent=2))
+        return 0
+    for part in parts:
+        print(f"{part['weight']:+.3g} x {part['adapter']} ({part['fingerprint'][:12]})")
     print(f"= {fused.fingerprint[:12]} in {args.out}")
     return 0
 

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from s2ft_ray.method.adapter import Adapter
 
 _STACK = "_s2ft_switched"
+_CACHED_ENTRIES = 2**15  # of a cache line each: 2 MiB
 
 
 @dataclass(frozen=True)
@@ -80,22 +81,14 @@ def switch_in(model: nn.Module, adapter: "Adapter") -> None:
         raise AdapterError(f"adapter {adapter.fingerprint[:12]} is in this model already")
     weights = bind(model, adapter)
     replaced: dict[str, Replaced] = {}
-    updates: dict[str, Tensor] = {}
-    with torch.no_grad():
+    written: list[_Piece] = []
+    try:
         for name, weight in weights.items():
-            part, stored = adapter.slices[name], weight.parameter
-            dim = stored_dim(part.side, weight.is_transposed)
-            indices = part.indices.to(stored.device, torch.int64)
-            before = gather(stored, dim, indices)
-            replaced[name] = Replaced(dim, indices, before)
-            delta = part.delta.T if weight.is_transposed else part.delta
-            updates[name] = (before.float() + delta.to(stored.device)).to(stored.dtype)
-        try:
-            for name, weight in weights.items():
-                _write(weight.parameter, replaced[name], updates[name])
-        except BaseException:
-            _put_back(model, replaced)
-            raise
+            replaced[name] = _add(weight, adapter.slices[name], written)
+    except BaseException:
+        for piece in written:
+            put(*piece)
+        raise
     setattr(model, _STACK, [*_stack(model), _Switched(adapter.fingerprint, replaced)])
 
 
@@ -163,6 +156,33 @@ def _misfit(weight: Weight, part: AdapterSlice) -> str | None:
     if last >= shape[part.dim]:
         return f"index {last} is outside the weight {shape}"
     return None
+
+
+_Piece = tuple[Tensor, int, Tensor, Tensor]
+"""Rows of a weight, and what `put` needs to make them as they were."""
+
+
+def _add(weight: Weight, part: AdapterSlice, written: list[_Piece]) -> Replaced:
+    """Add the delta and return what it replaced; `written` gets each piece before it changes."""
+    stored = weight.parameter.detach()
+    dim = stored_dim(part.side, weight.is_transposed)
+    indices = part.indices.to(stored.device, torch.int64)
+    delta = (part.delta.mT if weight.is_transposed else part.delta).to(stored.device)
+    before = torch.empty(delta.shape, dtype=stored.dtype, device=stored.device)
+    for piece, kept, added in _cut(dim, stored, before, delta):
+        kept.copy_(gather(piece, dim, indices))
+        written.append((piece, dim, indices, kept))
+        put(piece, dim, indices, (kept.float() + added).to(kept.dtype))
+    return Replaced(dim, indices, before)
+
+
+def _cut(dim: int, *wholes: Tensor) -> list[tuple[Tensor, ...]]:
+    """Cut tensors of equally many rows alike: what is read of a piece's columns is in a core's
+    cache when it is written. Rows lie together and need no cut."""
+    if dim == -2 or wholes[0].device.type != "cpu":
+        return [wholes]
+    rows = max(1, _CACHED_ENTRIES // wholes[-1].shape[-1])
+    return list(zip(*(torch.split(whole, rows, dim=-2) for whole in wholes), strict=True))
 
 
 def _put_back(model: nn.Module, replaced: dict[str, Replaced]) -> None:

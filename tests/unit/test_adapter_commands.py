@@ -130,6 +130,27 @@ def test_fuse_writes_the_weighted_sum(
     assert fused.fingerprint[:12] in printed
 
 
+def test_export_and_fuse_tell_a_program_what_they_wrote(
+    adapter: Adapter, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    here, name = tmp_path / "adapter", "s2ft://tiny"
+    for form, more in (("peft", {"rank": adapter_rank(adapter)}), ("merged", {})):
+        out = tmp_path / form
+        assert run("export", here, "--format", form, "--out", out, "--json") == 0
+        facts = json.loads(capsys.readouterr().out)
+        identity = {"folder": str(out), "fingerprint": adapter.fingerprint}
+        assert facts == {"format": form, "base": name, **identity, **more}
+    assert run("fuse", here, "--weights", "2", "--out", tmp_path / "fused", "--json") == 0
+    facts = json.loads(capsys.readouterr().out)
+    assert facts["fingerprint"] == Adapter.load(tmp_path / "fused").fingerprint
+    part = {"adapter": str(here), "fingerprint": adapter.fingerprint, "weight": 2.0}
+    assert facts["parts"] == [part]
+
+
+def adapter_rank(adapter: Adapter) -> int:
+    return max(len(part.indices) for part in adapter.slices.values())
+
+
 def test_inspect_tells_what_changes_where_and_of_which_base(
     adapter: Adapter, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -171,6 +192,8 @@ def test_inspect_of_an_adapter_whose_base_isnt_here_leaves_the_ratio_out(
     ("argv", "message"),
     [
         (("inspect", "no-such"), "'no-such' names no registered adapter"),
+        (("inspect", "no-such", "--json"), "'no-such' names no registered adapter"),
+        (("fuse", "{a}", "--weights", "nan", "--out", "{here}/f", "--json"), "finite numbers"),
         (("inspect", "{here}"), "holds no adapter_config.json"),
         (("export", "{a}", "--format", "peft", "--out", "{a}"), "exists and is not empty"),
         (("fuse", "{a}", "--out", "{a}"), "exists and is not empty"),
@@ -195,7 +218,9 @@ def test_bad_input_is_one_line_and_exit_code_2(
     assert adapter
     places = {"a": tmp_path / "adapter", "here": tmp_path}
     assert run(*(part.format(**places) for part in argv)) == 2
-    (line,) = capsys.readouterr().err.splitlines()
+    printed = capsys.readouterr()
+    assert not printed.out  # nothing that a program could take for an answer
+    (line,) = printed.err.splitlines()
     assert line.startswith("error: ")
     assert message in line
     assert not (tmp_path / "f").exists()

@@ -73,13 +73,17 @@ def test_every_supported_architecture_is_tested() -> None:
 
 @pytest.mark.parametrize("family", ARCHITECTURES)
 @pytest.mark.parametrize("layout", ["gathered", "permuted"])
-def test_slice_gradients_are_the_full_gradients_entries(family: str, layout: str) -> None:
+def test_a_converted_model_is_the_plain_one_and_its_gradients_are_entries_of_the_full(
+    family: str, layout: str
+) -> None:
     plain = build_model(family)
     model = copy.deepcopy(plain)
     convert(model, config_of(family, layout=layout))
     expected = full_gradients(plain, [name for name, _ in slice_layers(model)])
     ids = tokens()
-    model(ids, labels=ids).loss.backward()
+    output = model(ids, labels=ids)
+    torch.testing.assert_close(output.logits, plain(ids).logits, rtol=1e-4, atol=1e-5)
+    output.loss.backward()
     for name, layer in slice_layers(model):
         gradient = layer.slice.grad.T if layer.is_transposed else layer.slice.grad
         held = layer.indices if layer.original is None else layer.original

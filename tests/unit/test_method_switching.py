@@ -6,12 +6,16 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from method_models import ALL, FAMILIES, assert_same_state, build_model, snapshot, tokens
+from torch import nn
 
 from s2ft_ray.errors import AdapterError, ConfigError
 from s2ft_ray.method import (
     Adapter,
     AdapterSlice,
+    BaseInfo,
     S2FTConfig,
     base_fingerprint,
     convert,
@@ -183,7 +187,10 @@ def test_an_adapter_that_binds_to_nothing_or_to_no_matrix_is_refused() -> None:
     assert "is outside the weight [64, 88]" in str(refused(model, with_slices(adapter, mixed)))
 
 
-def test_a_switch_that_fails_half_way_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("failing", [1, 2, 9, 40])
+def test_a_switch_that_fails_half_way_changes_nothing(
+    failing: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     model = build_model()
     adapter, _ = train_adapter(model, seed=0)
     before, attributes = snapshot(model), set(vars(model))
@@ -192,14 +199,69 @@ def test_a_switch_that_fails_half_way_changes_nothing(monkeypatch: pytest.Monkey
     def interrupt(*args: Any) -> None:
         nonlocal calls
         calls += 1
-        if calls == 5:
+        switching_put(*args)
+        if calls == failing:
             raise KeyboardInterrupt
-        switching_write(*args)
 
-    switching_write = switching_module._write
-    monkeypatch.setattr(switching_module, "_write", interrupt)
+    switching_put = switching_module.put
+    monkeypatch.setattr(switching_module, "put", interrupt)
+    monkeypatch.setattr(switching_module, "_CACHED_ENTRIES", 256)  # several pieces of a weight
     with pytest.raises(KeyboardInterrupt):
         adapter.switch_into(model)
+    assert calls > failing  # what was written was taken back
     monkeypatch.undo()
     assert_same_state(model, before)
     assert set(vars(model)) == attributes
+
+
+class Conv1D(nn.Module):
+    """As Hugging Face's: the weight is stored as [F, D]."""
+
+    def __init__(self, weight: torch.Tensor) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(weight)
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    sizes=st.tuples(st.integers(1, 9), st.integers(1, 9)),
+    side=st.sampled_from(["in", "out"]),
+    stored=st.sampled_from(["linear", "conv1d", "experts"]),
+    dtype=st.sampled_from([torch.float32, torch.bfloat16, torch.float16]),
+    cached=st.integers(1, 30),
+    data=st.data(),
+)
+def test_a_switch_adds_the_rounded_delta_at_its_indices_alone_and_goes_out_bitwise(
+    sizes: tuple[int, int], side: Any, stored: str, dtype: torch.dtype, cached: int, data: Any
+) -> None:
+    dim, experts = (-1, -2)[side == "out"], (2,) if stored == "experts" else ()
+    count = data.draw(st.integers(1, sizes[dim]))
+    rows = [
+        sorted(data.draw(st.permutations(range(sizes[dim])))[:count])
+        for _ in range(len(experts) + 1)
+    ]
+    indices = torch.tensor(rows if experts else rows[0], dtype=torch.int32)
+    generator = torch.Generator().manual_seed(count)
+    weight = torch.randn(*experts, *sizes, generator=generator).to(dtype)
+    shape = (*experts, sizes[0], count) if side == "in" else (*experts, count, sizes[1])
+    delta = torch.randn(shape, generator=generator)
+    model = nn.Module()
+    if stored == "experts":
+        model.m = nn.Parameter(weight.clone())
+    else:
+        model.m = Conv1D(weight.T.clone()) if stored == "conv1d" else nn.Linear(1, 1, bias=False)
+        if stored == "linear":
+            model.m.weight = nn.Parameter(weight.clone())
+    part = AdapterSlice(side, indices, delta, sizes[dim], stored == "conv1d")
+    adapter = Adapter({"m": part}, BaseInfo(None, None, base_fingerprint(model)), S2FTConfig())
+    whole = indices.long().unsqueeze(-2 if side == "in" else -1).expand(shape)
+    added = weight.float().gather(dim, whole) + delta
+    expected = weight.scatter(dim, whole, added.to(dtype))
+    before = snapshot(model)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(switching_module, "_CACHED_ENTRIES", cached)
+        adapter.switch_into(model)
+    (found,) = model.state_dict().values()
+    assert torch.equal(found.T if stored == "conv1d" else found, expected)
+    adapter.switch_out(model)
+    assert_same_state(model, before)
