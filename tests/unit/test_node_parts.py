@@ -36,14 +36,17 @@ def base() -> int:
 def sleeper(tmp_path: Path) -> Iterator[subprocess.Popen[bytes]]:
     """A process in its own session that carries a mark and runs in tmp_path."""
     child = subprocess.Popen(
-        [sys.executable, "-c", SLEEP],
+        [sys.executable, "-c", f"print(flush=True); {SLEEP}"],
         env={**os.environ, MARK: str(tmp_path / "mark")},
         cwd=tmp_path,
         start_new_session=True,
+        stdout=subprocess.PIPE,
     )
-    yield child
-    child.kill()
-    child.wait()
+    with child:
+        assert child.stdout is not None
+        child.stdout.readline()  # its environment can be read once it runs
+        yield child
+        child.kill()
 
 
 def test_two_claims_at_the_same_moment_get_different_bases() -> None:
