@@ -104,12 +104,13 @@ def _add_queue(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_serve(parser: argparse.ArgumentParser) -> None:
-    parts = ["mixed", "layer", "zipf", "pressure"]
+    parts = ["mixed", "layer", "zipf", "pressure", "http", "soak", "swap"]
     parser.add_argument("--parts", nargs="+", choices=parts, default=parts)
     parser.add_argument("--dtype", nargs="+", choices=["fp32", "bf16"], default=["bf16", "fp32"])
-    parser.add_argument("--width", type=int, default=2048, help="of the base of `mixed`")
+    parser.add_argument("--width", type=int, default=2048, help="of most parts' base")
     parser.add_argument("--layers", type=int, default=2)
     parser.add_argument("--tokens", type=int, default=32, help="that each request of `mixed` gets")
+    parser.add_argument("--soak-s", type=float, default=300, help="seconds of `soak`")
     counts = [10, 100, 1000, 10_000]
     parser.add_argument("--adapters", type=int, nargs="+", default=counts, help="of `layer`")
     parser.add_argument("--clock", choices=["wall", "cpu"], default="wall", help="cpu: process's")

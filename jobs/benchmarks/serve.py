@@ -2,7 +2,9 @@
 
 Parts: `mixed` (64 requests at once over 8 and 64 adapters), `layer` (one layer under 10 to 10,000
 adapters), `zipf` (1,000 adapters by popularity against 5), `pressure` (the first token with twice
-as many adapters as have room). The engine is called directly; there is no HTTP in it.
+as many adapters as have room) call the engine directly. `http` (the deployed service beside its
+engine), `soak` (100 streams for minutes), `swap` (a version that goes live under streams) bring the
+service up, each a Ray of its own.
 """
 
 import argparse
@@ -12,7 +14,7 @@ from typing import Any
 
 import torch
 
-from benchmarks import serve_layer, serve_mixed, serve_tiers
+from benchmarks import serve_http, serve_layer, serve_mixed, serve_swap, serve_tiers
 from benchmarks.machine import describe_machine, load_warning
 
 PARTS = {
@@ -20,6 +22,9 @@ PARTS = {
     "layer": serve_layer.measure,
     "zipf": serve_tiers.measure_zipf,
     "pressure": serve_tiers.measure_pressure,
+    "http": serve_http.measure_http,
+    "soak": serve_http.measure_soak,
+    "swap": serve_swap.measure,
 }
 
 

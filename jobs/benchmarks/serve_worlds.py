@@ -53,23 +53,26 @@ class Shape:
         )
 
 
-def build_base(shape: Shape) -> PreTrainedModel:
-    """Build a Llama of random weights."""
+def build_base(shape: Shape, vocab_size: int = VOCABULARY) -> PreTrainedModel:
+    """Build a Llama of random weights, which knows no token that ends a text."""
     config = LlamaConfig(
         hidden_size=shape.width,
         intermediate_size=shape.intermediate,
         num_hidden_layers=shape.layers,
         num_attention_heads=shape.width // HEAD_DIM,
         num_key_value_heads=shape.width // HEAD_DIM,
-        vocab_size=VOCABULARY,
+        vocab_size=vocab_size,
         max_position_embeddings=4096,
+        eos_token_id=None,
         tie_word_embeddings=True,
     )
     torch.manual_seed(0)
     return AutoModelForCausalLM.from_config(config, dtype=shape.dtype).eval()
 
 
-def build_adapters(model: nn.Module, shape: Shape, count: int) -> dict[AdapterKey, Adapter]:
+def build_adapters(
+    model: nn.Module, shape: Shape, count: int, scale: float = 0.002
+) -> dict[AdapterKey, Adapter]:
     """Build adapters of o and down; each of the same size, with columns of its own."""
     base = BaseInfo("random", None, base_fingerprint(model))
     adapters = {}
@@ -84,7 +87,7 @@ def build_adapters(model: nn.Module, shape: Shape, count: int) -> dict[AdapterKe
             }
             for name, (whole, taken) in parts.items():
                 indices = torch.randperm(whole, generator=draw)[:taken].sort().values.int()
-                delta = 0.002 * torch.randn(shape.width, taken, generator=draw)
+                delta = scale * torch.randn(shape.width, taken, generator=draw)
                 slices[name] = AdapterSlice("in", indices, delta, size=whole)
         adapter = Adapter(slices, base, S2FTConfig())
         adapters[AdapterKey(f"bench.a{seed}", "1", adapter.fingerprint)] = adapter
@@ -96,7 +99,8 @@ def build_engine(
 ) -> Engine:
     """Build and start an engine that takes 64 requests at a time."""
     tokenizer = load_tokenizer(ModelConfig(name_or_path="s2ft://tiny"))
-    engine = Engine(model, tokenizer, load, **{"cache_tokens": 4096, **options})
+    options = {"cache_tokens": 4096, "share_prefixes": False, **options}
+    engine = Engine(model, tokenizer, load, **options)
     engine.start()
     return engine
 
@@ -124,7 +128,7 @@ async def ask(
     clock: Clock = time.perf_counter,
 ) -> Record:
     """Send one request and take its tokens."""
-    prompt = torch.randint(3, 1000, (prompt_tokens,), generator=_seeded(name)).tolist()
+    prompt = torch.randint(3, 700, (prompt_tokens,), generator=_seeded(name)).tolist()
     params = SamplingParams(max_tokens=new_tokens, temperature=0, ignore_eos=True)
     record = Record(clock())
     async for _ in engine.generate(GenerationRequest(name, tuple(prompt), params, adapter)):
