@@ -121,7 +121,7 @@ def check(snapshot: Snapshot, plan: Plan, now: float) -> None:
     for tenant in snapshot.tenants:
         if tenant.max_workers is not None:
             assert held[tenant.name] <= tenant.max_workers, "over a limit"
-    _check_stops(snapshot, plan, jobs)
+    _check_stops(snapshot, plan, jobs, now)
 
 
 def _add(
@@ -132,21 +132,24 @@ def _add(
             used[node_id][name] += amount * count
 
 
-def _check_stops(snapshot: Snapshot, plan: Plan, jobs: dict[str, JobView]) -> None:
+def _check_stops(snapshot: Snapshot, plan: Plan, jobs: dict[str, JobView], now: float) -> None:
     claims = {tenant.name: tenant for tenant in snapshot.tenants}
     stopped = [it.job_id for it in plan.preemptions] + [it.job_id for it in plan.resizes]
     assert len(set(stopped)) == len(stopped)
     for it in plan.preemptions:
         victim, winner = jobs[it.job_id], jobs[it.for_job_id]
         assert winner.state == "queued"
-        assert victim.state in ("starting", "running")  # not one that is being stopped
         near_end_s = snapshot.settings.near_end_s
         assert victim.time_left_s is None or victim.time_left_s >= near_end_s
-        if it.cause == "priority":
+        if it.cause == "priority":  # may stop what is only starting, too
+            assert victim.state in ("starting", "running")
             assert effective_priority(winner, claims[winner.tenant]) > effective_priority(
                 victim, claims[victim.tenant]
             )
         else:
+            assert victim.state == "running"
+            assert victim.started_at is not None
+            assert now - victim.started_at >= snapshot.settings.min_run_s
             assert winner.min_workers <= claims[winner.tenant].quota
 
 

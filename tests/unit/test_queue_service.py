@@ -251,7 +251,8 @@ def test_a_job_paused_while_it_is_stopped_for_another_is_held(queue: Queue) -> N
     assert queue.state(low) == "starting"
 
 
-def test_a_job_paused_while_it_is_resized_is_held(queue: Queue) -> None:
+def growing(queue: Queue) -> tuple[str, int]:
+    """An elastic job, and its attempt that is asked to stop because there is room for more."""
     job_id = queue.submit(workers=[1, 4])
     queue.tick()
     attempt = queue.begin(job_id)
@@ -259,6 +260,11 @@ def test_a_job_paused_while_it_is_resized_is_held(queue: Queue) -> None:
     progress = {"step": 10, "total_steps": 100, "loss": 1.0, "time_left_s": 9000.0}
     queue.scheduler.heartbeat(job_id, attempt, progress)
     queue.tick()
+    return job_id, attempt
+
+
+def test_a_job_paused_while_it_is_resized_is_held(queue: Queue) -> None:
+    job_id, attempt = growing(queue)
     queue.scheduler.pause(job_id)
     queue.scheduler.report(job_id, attempt, {"outcome": "preempted"})
     queue.tick()
@@ -290,13 +296,7 @@ def test_an_admission_cancelled_before_anybody_drove_it_ends_at_once(queue: Queu
 
 
 def test_an_elastic_job_grows_without_queueing_again(queue: Queue) -> None:
-    job_id = queue.submit(workers=[1, 4])
-    queue.tick()
-    attempt = queue.begin(job_id)
-    queue.clock.now += 1000
-    progress = {"step": 10, "total_steps": 100, "loss": 1.0, "time_left_s": 9000.0}
-    queue.scheduler.heartbeat(job_id, attempt, progress)
-    queue.tick()
+    job_id, attempt = growing(queue)
     assert queue.state(job_id) == "preempting"
     queue.scheduler.report(job_id, attempt, {"outcome": "preempted"})
     job = queue.store.job(job_id)
