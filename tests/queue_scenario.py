@@ -4,8 +4,9 @@
     python tests/queue_scenario.py --home H --jobs 6    six, on the node that is up in H
 
 One job comes by `ray job submit`. While the others run, one that waits is cancelled, one that
-waits gets a higher priority and has a running one stopped for it, and a worker is killed. All
-have the same data, seed and number of workers: every adapter must be the same, bit for bit.
+waits gets a higher priority and has a running one stopped for it, a worker is killed, and then the
+scheduler. All have the same data, seed and number of workers: every adapter must be the same, bit
+for bit.
 """
 
 import argparse
@@ -81,6 +82,7 @@ class Scenario:
         self.queue.set_priority(urgent, 10)
         stopped = self.wait_for(lambda: self._in("preempting"), "a job is asked to stop")
         self.show("a worker was killed; one job is being stopped for the urgent one")
+        self._kill_scheduler()
         self.wait_for(lambda: not self._active(), "all have ended")
         self.show("the end")
         self._check_ends(cancelled, urgent, {job["id"] for job in stopped})
@@ -142,6 +144,13 @@ class Scenario:
         worker = next(it for it in family if "RayTrainWorker" in _title(it) and _maps(it, job))
         print(f"\n$ kill -9 {worker.pid}      # the worker of {job['name']}", flush=True)
         worker.send_signal(signal.SIGKILL)
+
+    def _kill_scheduler(self) -> None:
+        pid = int((self.node.home / "scheduler.alive").read_text())
+        print(
+            f"\n$ kill -9 {pid}      # the scheduler, which is started again by itself", flush=True
+        )
+        os.kill(pid, signal.SIGKILL)
 
     # What is looked at
 

@@ -1,4 +1,4 @@
-"""Six jobs of ``tests/queue_scenario.py``: three tenants, both doors, a stop, a kill, a cancel."""
+"""Six jobs of ``tests/queue_scenario.py``: three tenants, both doors, a stop, kills, a cancel."""
 
 import subprocess
 import sys

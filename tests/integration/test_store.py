@@ -292,13 +292,17 @@ def meet_at(barrier: Any) -> None:
 
 
 def submit_many(url: str, names: list[str]) -> list[str]:
-    meeting.wait(300)  # so that both make the tables
-    store = Store(url)
     ids = []
-    for name in names:
-        meeting.wait(300)
-        ids.append(store.submit(ask(name), 1.0).id)
-    store.close()
+    try:
+        meeting.wait(60)  # so that both make the tables
+        store = Store(url)
+        for name in names:
+            meeting.wait(60)
+            ids.append(store.submit(ask(name), 1.0).id)
+        store.close()
+    except Exception:
+        meeting.abort()  # whose fault it was is told, and not only that the other one waited
+        raise
     return ids
 
 
@@ -307,7 +311,10 @@ def test_writers_of_two_processes_make_each_job_once(url: str) -> None:
     context = multiprocessing.get_context("spawn")
     start = {"initializer": meet_at, "initargs": (context.Barrier(2),)}
     with ProcessPoolExecutor(2, mp_context=context, **start) as writers:
-        first, second = writers.map(submit_many, [url] * 2, [names] * 2, timeout=300)
+        both = [writers.submit(submit_many, url, names) for _ in range(2)]
+    faults = [it.exception() for it in both]
+    assert faults == [None, None]
+    first, second = (it.result() for it in both)
     assert first == second
     store = Store(url)
     assert sorted(job.id for job in store.live_jobs()) == sorted(first)
