@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: setup demo check test clean
+.PHONY: setup demo check test test-long clean
 
 setup: $(STAMP)
 
@@ -23,6 +23,10 @@ check: setup
 
 test: setup
 	$(BIN)/python -m pytest -n 2
+
+# Minutes each: a queue of real jobs that are disturbed, a run whose nodes are taken away.
+test-long: setup
+	$(BIN)/python -m pytest -m long
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info

@@ -88,7 +88,7 @@ def finished(job: subprocess.Popen, folder: Path) -> RunFolder:
     return find_run_folder(str(config.parent))
 
 
-@pytest.mark.timeout(900)
+@pytest.mark.long
 def test_a_run_leaves_a_drained_node_and_outlives_a_killed_one(tmp_path: Path) -> None:
     folder = tmp_path / "run"
     with ExitStack() as stack:

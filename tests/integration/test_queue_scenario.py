@@ -4,11 +4,13 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 from nodes import Node
 
 SCENARIO = Path(__file__).parents[1] / "queue_scenario.py"
 
 
+@pytest.mark.long
 def test_three_tenants_share_a_cluster_as_their_weights_say(node: Node) -> None:
     done = subprocess.run(
         [sys.executable, str(SCENARIO), "--jobs", "6", "--home", str(node.home)],
