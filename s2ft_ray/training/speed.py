@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
-MATMUL_WIDTH = 1024
+LARGE_S, MAX_WIDTH = 0.01, 4096
 FIRST_PROFILED, LAST_PROFILED = 2, 4
 """Steps of this start that are traced; the first warms up."""
 
@@ -64,15 +64,27 @@ def flops_per_token(model: nn.Module) -> float:
 
 
 def measure_peak(device: torch.device, dtype: torch.dtype) -> float:
-    """Return the FLOP/s of a large matmul on `device`: what utilisation is a share of."""
-    a = torch.ones(MATMUL_WIDTH, MATMUL_WIDTH, device=device, dtype=dtype)
+    """Return the FLOP/s of a large matmul on `device`: what utilisation is a share of.
+
+    Its width doubles until it takes LARGE_S: a CPU without bf16 takes seconds where a GPU takes
+    microseconds.
+    """
+    width = 256
+    while (seconds := _time_matmul(width, device, dtype)) < LARGE_S and width < MAX_WIDTH:
+        width *= 2
+    return 2.0 * width**3 / seconds
+
+
+def _time_matmul(width: int, device: torch.device, dtype: torch.dtype) -> float:
+    """Return the seconds of the fastest of four, of which the first is for the caches."""
+    a = torch.ones(width, width, device=device, dtype=dtype)
     best = float("inf")
-    for _ in range(4):  # the first is for the caches
+    for _ in range(4):
         clock = PhaseClock(device)
         a @ a
         clock.lap("matmul")
         best = min(best, clock.seconds()["matmul"])
-    return 2.0 * MATMUL_WIDTH**3 / best
+    return best
 
 
 class RunSpeed:

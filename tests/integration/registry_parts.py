@@ -22,6 +22,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from s2ft_ray.bases import load_base_model
 from s2ft_ray.config import ModelConfig, RunConfig, S2FTConfig, parse_config
 from s2ft_ray.method import Adapter, convert, extract_adapter
+from s2ft_ray.registry import register_adapter
 
 CHAT_TEMPLATE = (
     "{% for message in messages %}<{{ message.role }}>{{ message.content }}$"
@@ -152,3 +153,18 @@ def write_points(run_folder: Path, steps: range, kind: str = "train", **values: 
         for step in steps:
             line = {"kind": kind, "step": step, "time": time.time(), "loss": 100.0 - step, **values}
             file.write(json.dumps(line) + "\n")
+
+
+def register_and_die(home: Path, job: tuple[Path, RunConfig, str], step: str, moment: str) -> None:
+    """Register in a process that kills itself at a call of the client, before it or after."""
+    os.environ["S2FT_HOME"] = str(home)
+    folder, config, run_id = job
+    working = getattr(MlflowClient, step)
+
+    def die(*args: Any, **kwargs: Any) -> None:
+        if moment == "after":
+            working(*args, **kwargs)
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    setattr(MlflowClient, step, die)
+    register_adapter(folder, config, mlflow_run_id=run_id)

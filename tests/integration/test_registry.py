@@ -1,7 +1,9 @@
 """Adapters registered in a real MLflow, found again, and answering through its pyfunc flavour."""
 
 import json
+import multiprocessing
 import os
+import signal
 import subprocess
 import sys
 import threading
@@ -19,6 +21,7 @@ from registry_parts import (
     Server,
     make_database,
     make_home,
+    register_and_die,
     run_config,
     save_base,
     train_adapter,
@@ -206,21 +209,17 @@ def test_registering_again_finds_the_version(home: Path, base: Path) -> None:
     ],
 )
 @pytest.mark.parametrize("moment", ["before", "after"])
-def test_a_registration_cut_short_anywhere_is_completed_by_the_next(
-    home: Path, base: Path, step: str, moment: str, monkeypatch: pytest.MonkeyPatch
+def test_a_registration_killed_anywhere_is_completed_by_the_next(
+    home: Path, base: Path, step: str, moment: str
 ) -> None:
-    folder, config, run_id = finish_job(home, base, "r1")
-    working = getattr(MlflowClient, step)
-
-    def crash(*args: Any, **kwargs: Any) -> None:
-        if moment == "after":
-            working(*args, **kwargs)
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(MlflowClient, step, crash)
-    with pytest.raises(KeyboardInterrupt):
-        register_adapter(folder, config, mlflow_run_id=run_id)
-    monkeypatch.setattr(MlflowClient, step, working)
+    job = finish_job(home, base, "r1")
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["registry_parts"])
+    process = context.Process(target=register_and_die, args=(home, job, step, moment))
+    process.start()
+    process.join(120)
+    assert process.exitcode == -signal.SIGKILL
+    folder, config, run_id = job
     done = register_adapter(folder, config, mlflow_run_id=run_id)
     assert done.version == 1
     assert len(client_of(home).search_model_versions(f"name = '{NAME}'")) == 1
