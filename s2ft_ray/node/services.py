@@ -121,6 +121,8 @@ def service_env(site: Site, service: ServiceName, outer: Mapping[str, str]) -> d
     for key in ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN_PATH", "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"):
         env[key] = client_env(site)[key]
     env["RAY_USAGE_STATS_ENABLED"] = "0"
+    # there is no other node that what runs could go to: Ray would wait the whole time for nothing
+    env["RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S"] = "0"
     env["DASHBOARD_METRIC_PORT"] = str(site.port_base + Port.DASHBOARD_METRICS)
     env["AUTOSCALER_METRIC_PORT"] = str(site.port_base + Port.AUTOSCALER_METRICS)
     return env
