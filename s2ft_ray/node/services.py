@@ -118,8 +118,12 @@ def service_env(site: Site, service: ServiceName, outer: Mapping[str, str]) -> d
         return env
     if service == "scheduler":
         return {**env, **client_env(site)}
+    client = client_env(site)
     for key in ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN_PATH", "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"):
-        env[key] = client_env(site)[key]
+        env[key] = client[key]
+    # Train's watcher of a run's placement group asks there whether the run still lives; by itself
+    # it looks for a cluster on another address, and dies of it
+    env["RAY_API_SERVER_ADDRESS"] = client["RAY_API_SERVER_ADDRESS"]
     env["RAY_USAGE_STATS_ENABLED"] = "0"
     # there is no other node that what runs could go to: Ray would wait the whole time for nothing
     env["RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S"] = "0"
