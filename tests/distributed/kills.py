@@ -7,7 +7,6 @@ import os
 import random
 import shutil
 import signal
-import socket
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -68,18 +67,16 @@ class Kill:
 def start(path: Path, kill: Kill | None) -> list[int | None]:
     """Train the run until it ends or a worker dies; return the exit codes."""
     context = fork_server()
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    meeting = path / f"meeting-{time.monotonic_ns()}"
     processes = [
-        context.Process(target=_work, args=(path, rank, port, kill), daemon=True)
+        context.Process(target=_work, args=(path, rank, meeting, kill), daemon=True)
         for rank in range(WORLD_SIZE)
     ]
     for process in processes:
         process.start()
     deadline = time.monotonic() + 120
     while any(process.is_alive() for process in processes):
-        dead = any(process.exitcode == -signal.SIGKILL for process in processes)
+        dead = any(process.exitcode for process in processes)
         if dead or time.monotonic() > deadline:
             for process in processes:
                 process.kill()
@@ -87,11 +84,11 @@ def start(path: Path, kill: Kill | None) -> list[int | None]:
     return [process.exitcode for process in processes]
 
 
-def _work(path: Path, rank: int, port: int, kill: Kill | None) -> None:
+def _work(path: Path, rank: int, meeting: Path, kill: Kill | None) -> None:
     torch.set_num_threads(1)
     dist.init_process_group(
         "gloo",
-        init_method=f"tcp://127.0.0.1:{port}",
+        init_method=meeting.as_uri(),
         rank=rank,
         world_size=WORLD_SIZE,
         timeout=timedelta(seconds=100),

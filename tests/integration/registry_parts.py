@@ -155,15 +155,14 @@ def write_points(run_folder: Path, steps: range, kind: str = "train", **values: 
             file.write(json.dumps(line) + "\n")
 
 
-def register_and_die(home: Path, job: tuple[Path, RunConfig, str], step: str, moment: str) -> None:
-    """Register in a process that kills itself at a call of the client, before it or after."""
+def register_and_die(home: Path, job: tuple[Path, RunConfig, str], step: str) -> None:
+    """Register in a process that kills itself when the client's `step` has been done."""
     os.environ["S2FT_HOME"] = str(home)
     folder, config, run_id = job
     working = getattr(MlflowClient, step)
 
     def die(*args: Any, **kwargs: Any) -> None:
-        if moment == "after":
-            working(*args, **kwargs)
+        working(*args, **kwargs)
         os.kill(os.getpid(), signal.SIGKILL)
 
     setattr(MlflowClient, step, die)

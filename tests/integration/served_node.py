@@ -5,6 +5,7 @@ import threading
 import time
 import urllib.request
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -47,10 +48,15 @@ class Service:
     """By name and version."""
     merged: Merged
     folder: Path
+    clients: ExitStack
     wanted: dict[tuple[str, str], str] = field(default_factory=dict)
 
     def client(self, tenant: str = "initech", retries: int = 0) -> openai.OpenAI:
-        """Return the stock client with a tenant's key."""
+        """Return the stock client with a tenant's key, closed in the end."""
+        return self.clients.enter_context(self.passing_client(tenant, retries))
+
+    def passing_client(self, tenant: str, retries: int = 0) -> openai.OpenAI:
+        """Return one that its caller closes."""
         return openai.OpenAI(
             base_url=f"{self.url}/v1", api_key=self.keys[tenant], max_retries=retries, timeout=120
         )
@@ -65,9 +71,10 @@ class Service:
 
     def ask(self, model: str, prompt: str, tenant: str = "initech", retries: int = 0) -> Any:
         """Return a whole greedy completion."""
-        return self.client(tenant, retries).completions.create(
-            model=model, prompt=prompt, max_tokens=TOKENS, temperature=0
-        )
+        with self.passing_client(tenant, retries) as client:
+            return client.completions.create(
+                model=model, prompt=prompt, max_tokens=TOKENS, temperature=0
+            )
 
     def s2ft(self, *args: str) -> str:
         """Run a command that has to succeed; return what it prints."""
@@ -92,7 +99,8 @@ class Service:
     def listed(self, tenant: str) -> list[str]:
         """Return the models that a key may call; none before the registry was read."""
         try:
-            return [model.id for model in self.client(tenant).models.list()]
+            with self.passing_client(tenant) as client:
+                return [model.id for model in client.models.list()]
         except (openai.InternalServerError, openai.APIConnectionError):
             return []
 
@@ -152,7 +160,7 @@ class Service:
         psutil.wait_procs(family, 20)
 
 
-def start_service(node: Node, folder: Path) -> Service:
+def start_service(node: Node, folder: Path, clients: ExitStack) -> Service:
     """Register the adapters, make keys, start the service, and wait until it serves them all."""
     adapters = {}
     for seed, (name, version, alias) in enumerate(MODELS):
@@ -169,7 +177,8 @@ def start_service(node: Node, folder: Path) -> Service:
     save_other_base(folder / OTHER)
     bases = ["--base", BASE, "--base", str(folder / OTHER)]
     started = node.s2ft("serve", *bases, "--port", str(port))
-    service = Service(node, f"http://127.0.0.1:{port}", keys, adapters, Merged.load(), folder)
+    url = f"http://127.0.0.1:{port}"
+    service = Service(node, url, keys, adapters, Merged.load(), folder, clients)
     assert started.returncode == 0, f"{started.stderr}\n{service.logs()}"
     # others that were registered on this node are listed too
     names = {BASE, OTHER, "globex.served", "initech.served", "initech.swapped"}
@@ -222,15 +231,16 @@ class Load:
                     answer = self.service.ask(model, prompt, tenant)
                     text, fingerprints = answer.choices[0].text, {answer.system_fingerprint}
                 else:
-                    for chunk in self.service.client(tenant).completions.create(
-                        model=model,
-                        prompt=prompt,
-                        max_tokens=TOKENS,
-                        temperature=0,
-                        stream=True,
-                    ):
-                        text += chunk.choices[0].text
-                        fingerprints.add(chunk.system_fingerprint)
+                    with self.service.passing_client(tenant) as stock:
+                        for chunk in stock.completions.create(
+                            model=model,
+                            prompt=prompt,
+                            max_tokens=TOKENS,
+                            temperature=0,
+                            stream=True,
+                        ):
+                            text += chunk.choices[0].text
+                            fingerprints.add(chunk.system_fingerprint)
                 (fingerprint,) = fingerprints
                 self.answers.append((prompt, str(fingerprint), text))
             except (openai.APIError, OSError) as error:

@@ -167,6 +167,7 @@ def test_peak_bytes_count_what_is_freed_again_and_the_model(training_step: Any) 
     assert 0 <= step.peak_bytes() - (weight + weight + temporary) <= slack
 
 
+@pytest.mark.long
 def test_ray_and_the_plain_loop_are_compared_on_equal_steps(tmp_path: Path) -> None:
     out = tmp_path / "out.json"
     size = ["--layers", "1", "--width", "64", "--steps", "6", "--rounds", "1", "--threads", "1"]

@@ -209,16 +209,40 @@ def test_registering_again_finds_the_version(home: Path, base: Path) -> None:
     ],
 )
 @pytest.mark.parametrize("moment", ["before", "after"])
-def test_a_registration_killed_anywhere_is_completed_by_the_next(
-    home: Path, base: Path, step: str, moment: str
+def test_a_registration_cut_short_anywhere_is_completed_by_the_next(
+    home: Path, base: Path, step: str, moment: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job = finish_job(home, base, "r1")
+    working = getattr(MlflowClient, step)
+
+    def crash(*args: Any, **kwargs: Any) -> None:
+        if moment == "after":
+            working(*args, **kwargs)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(MlflowClient, step, crash)
+    with pytest.raises(KeyboardInterrupt):
+        register_adapter(job[0], job[1], mlflow_run_id=job[2])
+    monkeypatch.setattr(MlflowClient, step, working)
+    assert_completed(home, job)
+
+
+@pytest.mark.parametrize("step", ["log_model_artifacts", "create_model_version"])
+def test_a_registration_killed_by_the_system_is_completed_by_the_next(
+    home: Path, base: Path, step: str
 ) -> None:
     job = finish_job(home, base, "r1")
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["registry_parts"])
-    process = context.Process(target=register_and_die, args=(home, job, step, moment))
+    context.set_forkserver_preload(["s2ft_ray.registry"])
+    process = context.Process(target=register_and_die, args=(home, job, step))
     process.start()
     process.join(120)
     assert process.exitcode == -signal.SIGKILL
+    assert_completed(home, job)
+
+
+def assert_completed(home: Path, job: tuple[Path, RunConfig, str]) -> None:
+    """Registering again makes one version of it."""
     folder, config, run_id = job
     done = register_adapter(folder, config, mlflow_run_id=run_id)
     assert done.version == 1

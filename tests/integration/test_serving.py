@@ -4,7 +4,9 @@ import json
 import subprocess
 import time
 import urllib.request
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +22,10 @@ from serving_parts import BASE, Merged, make_adapter, register
 
 
 @pytest.fixture(scope="module")
-def service(node: Node, tmp_path_factory: pytest.TempPathFactory) -> Service:
+def service(node: Node, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
     # it holds no CPU, and ends with the node
-    return start_service(node, tmp_path_factory.mktemp("adapters"))
+    with ExitStack() as clients:
+        yield start_service(node, tmp_path_factory.mktemp("adapters"), clients)
 
 
 def test_two_tenants_adapters_and_the_base_answer_at_once_as_merged(service: Service) -> None:
@@ -54,7 +57,7 @@ def test_a_tenant_lists_and_calls_its_own_alone(service: Service) -> None:
         service.ask("globex.served", "x", "initech")
     assert refused.value.code == "model_not_found"
     with pytest.raises(openai.AuthenticationError):
-        openai.OpenAI(base_url=f"{service.url}/v1", api_key="s2ft-0-0", max_retries=0).models.list()
+        service.client("initech").with_options(api_key="s2ft-0-0").models.list()
 
 
 def test_two_bases_stand_behind_one_ingress(service: Service) -> None:
