@@ -22,7 +22,8 @@ s2ft serve --base s2ft://tiny
 echo
 echo "Meanwhile the adapter, loaded from the model registry by its alias in a fresh process:"
 echo
-python jobs/evaluate.py acme.support-bot@champion \
+# on one thread: two fine-tunes have the cores
+OMP_NUM_THREADS=1 python jobs/evaluate.py acme.support-bot@champion \
     --data jobs/configs/data/tickets_test.jsonl jobs/configs/data/base_skills_test.jsonl
 
 while s2ft jobs --json | grep -Eq '"state": "(queued|starting|running)"'; do sleep 1; done
