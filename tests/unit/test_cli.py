@@ -11,6 +11,8 @@ from s2ft_ray import cli, node
 from s2ft_ray.errors import AdapterError, ConfigError, DataError, JobError, NodeError, S2FTError
 from s2ft_ray.node import NodeStatus, ServiceStatus
 
+REPO = Path(__file__).parents[2]
+
 
 def _status(state: str = "up", env: dict[str, str] | None = None) -> NodeStatus:
     return NodeStatus(
@@ -71,6 +73,18 @@ def test_a_fault_is_one_line_on_stderr_and_decides_the_exit_code(
 def test_an_interrupt_exits_130(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(node, "status", _raise(KeyboardInterrupt()))
     assert cli.main(["status"]) == 130
+
+
+def test_a_reader_that_has_seen_enough_is_no_fault() -> None:
+    config = REPO / "jobs" / "configs" / "quickstart.yaml"
+    command = [sys.executable, "-m", "s2ft_ray.cli", "check", "--config", str(config)]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    with subprocess.Popen(command, cwd=REPO, text=True, **pipes) as process:
+        assert process.stdout is not None
+        assert process.stderr is not None
+        process.stdout.close()  # as `head` does, before the first line comes
+        assert process.stderr.read() == ""
+    assert process.returncode == 141
 
 
 def test_a_bug_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
