@@ -88,7 +88,9 @@ def _add_sharding(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--workers", type=int, default=4, help="processes of --threads each")
     parser.add_argument("--layers", type=int, default=4)
     parser.add_argument("--width", type=int, default=256)
+    parser.add_argument("--rows", type=int, default=8, help="of 128 tokens, of all workers")
     parser.add_argument("--steps", type=int, default=10, help="in each layout")
+    parser.add_argument("--rounds", type=int, default=2)
 
 
 def _add_queue(parser: argparse.ArgumentParser) -> None:

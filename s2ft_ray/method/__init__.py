@@ -25,10 +25,12 @@ from s2ft_ray.method.merged_export import copy_settings
 from s2ft_ray.method.parts import AdapterSlice, BaseInfo
 from s2ft_ray.method.scores import looks_at_data
 from s2ft_ray.method.selection import ModuleSelection, Selection, count_trainable
+from s2ft_ray.method.slices import BUCKET_BYTES, write_back
 from s2ft_ray.method.switching import base_fingerprint, switched_fingerprints
 from s2ft_ray.method.weights import base_entries
 
 __all__ = [
+    "BUCKET_BYTES",
     "Adapter",
     "AdapterSlice",
     "BaseFiles",
@@ -56,4 +58,5 @@ __all__ = [
     "slice_layers",
     "supported_architectures",
     "switched_fingerprints",
+    "write_back",
 ]

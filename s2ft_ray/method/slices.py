@@ -8,18 +8,21 @@ Dimensions: E experts, D out, F in, K selected, of the weight as it is stored.
 """
 
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
-from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook
 
 from s2ft_ray.method.layout import Order
 from s2ft_ray.method.parts import Side
+from s2ft_ray.method.sharded import local_rows, whole, whole_all
 from s2ft_ray.method.weights import Place, as_place, gather, put, stored_dim
+
+BUCKET_BYTES = 25 * 2**20
+"""Of slices that are gathered in one collective; DistributedDataParallel's default, too."""
 
 
 class SliceOf(nn.Module):
@@ -80,25 +83,32 @@ class SliceOf(nn.Module):
         """The range, else the indices."""
         return self.indices if self.span is None else self.span
 
-    @torch.no_grad()
     def write_back(self) -> None:
-        """Copy the slice into the weight.
+        """Copy the slice into the weight: ``write_back`` of this one alone."""
+        write_back([self])
 
-        Plain tensors, a plain weight with a sharded slice, or a sharded weight (Shard(0)). With
-        a sharded slice every rank of its mesh must call this, in the same order of slices.
-        """
+    @property
+    def needs_whole_slice(self) -> bool:
+        """Whether writing back takes the whole slice, not the rows that are here."""
+        weight = self.weight
+        # Where the rows that are counted are those that are sharded, any can be anywhere.
+        return not isinstance(weight, DTensor) or (self.dim == -2 and weight.dim() == 2)
+
+    def _write(self, whole_slice: Tensor | None) -> None:
+        """Copy the slice into what is here of the weight; None where the rows here will do."""
         weight = self.weight
         if not isinstance(weight, DTensor):
-            put(weight, self.dim, self.place, _full(self.slice).to(weight.dtype))
+            assert whole_slice is not None
+            put(weight, self.dim, self.place, whole_slice.to(weight.dtype))
             return
-        local, (start, end) = weight.to_local(), _local_rows(weight)
-        if self.dim == -2 and weight.dim() == 2:  # the rows counted are the rows sharded
+        local, (start, end) = weight.to_local(), local_rows(weight)
+        if whole_slice is not None:
             here = (self.indices >= start) & (self.indices < end)
             place: Place = self.indices[here] - start
-            values = _full(self.slice)[here]
+            values = whole_slice[here]
         else:
-            whole: Tensor = self.slice
-            values = whole.to_local() if isinstance(whole, DTensor) else whole[start:end]
+            mine: Tensor = self.slice
+            values = mine.to_local() if isinstance(mine, DTensor) else mine[start:end]
             place = self.place
             if weight.dim() == 3 and isinstance(place, Tensor):
                 place = place[start:end]
@@ -107,16 +117,16 @@ class SliceOf(nn.Module):
     @torch.no_grad()
     def refresh(self) -> None:
         """Copy the weight's selected entries into the slice: the way back from `write_back`."""
-        values = gather(_full(self.weight), self.dim, self.place)
+        values = gather(whole(self.weight), self.dim, self.place)
         if isinstance(self.slice, DTensor):
-            start, end = _local_rows(self.slice)
+            start, end = local_rows(self.slice)
             self.slice.to_local().copy_(values[start:end])
         else:
             self.slice.copy_(values)
 
     def full_slice(self) -> Tensor:
         """Return the slice whole, fp32, as it is stored; a collective where it is sharded."""
-        return _full(self.slice.detach())
+        return whole(self.slice.detach())
 
     def original_indices(self) -> Tensor:
         """Return the columns or rows in the original order: int64, ascending."""
@@ -187,16 +197,31 @@ class SliceOf(nn.Module):
             self.refresh()
 
 
-def _full(tensor: Tensor) -> Tensor:
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+@torch.no_grad()
+def write_back(modules: Iterable[SliceOf]) -> None:
+    """Copy each one's slice into its weight: plain tensors, or sharded by rows (Shard(0)).
+
+    With sharded slices every rank of their mesh must call this with the same modules in the same
+    order: those that are needed whole are gathered together, about BUCKET_BYTES at a time.
+    """
+    bucket: list[SliceOf] = []
+    held = 0
+    for module in modules:
+        if not module.needs_whole_slice:
+            module._write(None)
+            continue
+        bucket.append(module)
+        held += module.slice.numel() * module.slice.element_size()
+        if held >= BUCKET_BYTES:
+            _write_whole(bucket)
+            bucket, held = [], 0
+    _write_whole(bucket)
 
 
-def _local_rows(tensor: DTensor) -> tuple[int, int]:
-    """Return the range of rows of `tensor` that this rank holds; empty where it has none."""
-    shape, offset = compute_local_shape_and_global_offset(
-        tensor.shape, tensor.device_mesh, tensor.placements
-    )
-    return offset[0], offset[0] + shape[0]
+def _write_whole(modules: list[SliceOf]) -> None:
+    slices = whole_all([module.slice for module in modules])
+    for module, whole_slice in zip(modules, slices, strict=True):
+        module._write(whole_slice)
 
 
 # Every slice that is alive, in the order of conversion: write-back may hold collectives, so all
@@ -211,9 +236,7 @@ def _write_back_stepped(optimizer: Optimizer, _args: Any, _kwargs: Any) -> None:
     A tensor's version would not do: fused AdamW doesn't raise it.
     """
     stepped = {id(param) for group in optimizer.param_groups for param in group["params"]}
-    for module in list(_slices.values()):
-        if id(module.slice) in stepped:
-            module.write_back()
+    write_back([module for module in list(_slices.values()) if id(module.slice) in stepped])
 
 
 register_optimizer_step_post_hook(_write_back_stepped)

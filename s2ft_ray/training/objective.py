@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from s2ft_ray.data import IGNORE_INDEX, MicroBatch
-from s2ft_ray.method import slice_layers
+from s2ft_ray.method import slice_layers, write_back
 from s2ft_ray.training.parallel import reshard
 
 
@@ -133,9 +133,10 @@ class Preference:
     def _put(model: nn.Module, values: list[Tensor]) -> None:
         """Give every layer these slices; a collective where they are sharded."""
         reshard(model)  # what is gathered would go on with the old values
-        for (_, layer), value in zip(slice_layers(model), values, strict=True):
+        layers = [layer for _, layer in slice_layers(model)]
+        for layer, value in zip(layers, values, strict=True):
             _local(layer.slice).copy_(value)
-            layer.write_back()
+        write_back(layers)
 
 
 class EmbeddingNoise:

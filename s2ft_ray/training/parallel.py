@@ -2,8 +2,9 @@
 
 Three layouts of the frozen base, one of the slices:
 
-- ``replicate``: each worker holds the whole base, FSDP manages the slices alone. What travels in
-  a step is the slices: one all-gather for a micro-batch, one reduce-scatter.
+- ``replicate``: each worker holds the whole base, FSDP manages the slices alone, of as many layers
+  together as have BUCKET_BYTES of them. What travels in a step is the slices: one all-gather for a
+  micro-batch, one reduce-scatter.
 - ``full``: the base is sharded too, gathered layer by layer in forward and backward, never reduced.
 - ``hybrid``: sharded among the workers of a group (by default those of a node), a copy in each
   group: the base travels inside a group only, slice gradients between the groups too.
@@ -25,6 +26,8 @@ import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
+
+from s2ft_ray.method import BUCKET_BYTES
 
 logger = logging.getLogger(__name__)
 Sharding = Literal["replicate", "full", "hybrid"]
@@ -104,7 +107,7 @@ class Workers:
 
 
 def shard_model(model: nn.Module, workers: Workers, layout: Layout) -> None:
-    """Apply FSDP2 to each decoder layer and to the model, in place.
+    """Apply FSDP2 to the decoder layers and to the model, in place.
 
     `model` is converted, on its device, and the same on every worker.
     """
@@ -116,18 +119,35 @@ def shard_model(model: nn.Module, workers: Workers, layout: Layout) -> None:
     reshard = not replicate
     mesh = _build_mesh(workers, layout)
     layers, told = decoder_layers(model), time.monotonic()
-    for number, layer in enumerate([*layers, model]):
-        # Of a mapped base this reads the worker's part of the layer from its files.
-        fully_shard(layer, mesh=mesh, ignored_params=ignored, reshard_after_forward=reshard)
+    units = _join_small(layers) if replicate else [[layer] for layer in layers]
+    done = 0
+    for unit in [*units, [model]]:
+        # Of a mapped base this reads the worker's part of the layers from its files.
+        fully_shard(unit, mesh=mesh, ignored_params=ignored, reshard_after_forward=reshard)
+        done = min(done + len(unit), len(layers))
         if workers.rank == 0 and time.monotonic() - told >= PROGRESS_S:
             told = time.monotonic()
-            logger.info("%d of %d layers are laid out", min(number + 1, len(layers)), len(layers))
+            logger.info("%d of %d layers are laid out", done, len(layers))
     for module in model.modules():
         if isinstance(module, FSDPModule):
             # Gloo refuses other divide factors; the loss is divided by the global count of
             # targets instead.
             module.set_gradient_divide_factor(1.0)
             module.set_force_sum_reduction_for_comms(True)
+
+
+def _join_small(layers: list[nn.Module]) -> list[list[nn.Module]]:
+    """Group neighbours until each group has about BUCKET_BYTES of slices to gather at once."""
+    groups: list[list[nn.Module]] = []
+    room = 0
+    for layer in layers:
+        size = sum(p.numel() * p.element_size() for p in layer.parameters() if p.requires_grad)
+        if room < size or not groups:
+            groups.append([])
+            room = BUCKET_BYTES
+        groups[-1].append(layer)
+        room -= size
+    return groups
 
 
 def _build_mesh(workers: Workers, layout: Layout) -> DeviceMesh:

@@ -40,6 +40,7 @@ from s2ft_ray.method import (
     extract_adapter,
     looks_at_data,
     slice_layers,
+    write_back,
 )
 from s2ft_ray.training.checkpoint import Checkpointer, TrainState
 from s2ft_ray.training.collectives import CollectiveClock
@@ -144,8 +145,7 @@ class WorkerPart:
         self._run_steps(state, total, checkpointer, log)
 
     def _write_back(self) -> None:
-        for _, layer in slice_layers(self.model):
-            layer.write_back()
+        write_back(layer for _, layer in slice_layers(self.model))
 
     def _run_steps(
         self, state: TrainState, total: int, checkpointer: Checkpointer, log: MetricsLog | None
