@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from s2ft_ray.method.adapter import Adapter
 
 _STACK = "_s2ft_switched"
-_CACHED_ENTRIES = 2**15  # of a cache line each: 2 MiB
+_CACHED_ENTRIES = 2**15  # on each core, of a cache line each: 2 MiB
 
 
 @dataclass(frozen=True)
@@ -181,7 +181,7 @@ def _cut(dim: int, *wholes: Tensor) -> list[tuple[Tensor, ...]]:
     cache when it is written. Rows lie together and need no cut."""
     if dim == -2 or wholes[0].device.type != "cpu":
         return [wholes]
-    rows = max(1, _CACHED_ENTRIES // wholes[-1].shape[-1])
+    rows = max(1, torch.get_num_threads() * _CACHED_ENTRIES // wholes[-1].shape[-1])
     return list(zip(*(torch.split(whole, rows, dim=-2) for whole in wholes), strict=True))
 
 
