@@ -93,6 +93,15 @@ def _add_sharding(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--rounds", type=int, default=2)
 
 
+def _add_checkpoints(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--workers", type=int, default=1, help="processes of --threads each")
+    parser.add_argument("--layers", type=int, default=8)
+    parser.add_argument("--width", type=int, default=384)
+    parser.add_argument("--steps", type=int, default=60, help="of one run")
+    parser.add_argument("--every", type=int, default=5, help="steps between checkpoints")
+    parser.add_argument("--rounds", type=int, default=3)
+
+
 def _add_queue(parser: argparse.ArgumentParser) -> None:
     parts = ["month", "tick", "service"]
     parser.add_argument("--parts", nargs="+", choices=parts, default=parts)
@@ -134,6 +143,7 @@ BENCHMARKS = {
         _add_adapters,
     ),
     "sharding": ("benchmarks.sharding", "replicate, full and hybrid side by side", _add_sharding),
+    "checkpoints": ("benchmarks.checkpoints", "what saving costs the steps", _add_checkpoints),
     "queue": ("benchmarks.queue", "a month of many tenants; the scheduler's own cost", _add_queue),
     "serve": ("benchmarks.serve", "adapters in one batch against the base and LoRA", _add_serve),
     "forgetting": ("benchmarks.forgetting", "the new task against the base's own", _add_forgetting),

@@ -53,7 +53,7 @@ def _gather(tensors: list[DTensor], mesh: DeviceMesh, dim: int) -> list[Tensor]:
     mine = torch.cat(parts)
     gathered = mine.new_empty(size * mine.numel())
     dist.all_gather_single(gathered, mine, group=mesh.get_group(dim))
-    columns = gathered.view(size, -1).split([part.numel() for part in parts], dim=1)
+    columns = torch.split(gathered.view(size, -1), [part.numel() for part in parts], dim=1)
     return [
         column.reshape(size * shape[0], *shape[1:])[: tensor.shape[0]]
         for column, shape, tensor in zip(columns, shapes, tensors, strict=True)

@@ -13,7 +13,7 @@ from typing import Any
 import ray
 from ray._private.state import state as ray_state
 from ray.train import FailureConfig, LoggingConfig, RunConfig, ScalingConfig
-from ray.train.torch import TorchConfig, TorchTrainer, get_device
+from ray.train.torch import TorchTrainer, get_device
 from ray.train.v2._internal.execution.context import get_train_context
 from ray.train.v2.api.exceptions import TrainingFailedError, WorkerGroupError
 
@@ -26,6 +26,7 @@ from s2ft_ray.errors import (
     S2FTError,
     WorkersLost,
 )
+from s2ft_ray.training.rendezvous import NodeNetworkConfig
 from s2ft_ray.training.run_folder import RunFolder
 from s2ft_ray.training.worker import run_worker
 
@@ -107,7 +108,7 @@ def _fit(run: RunFolder, parallel: ParallelConfig) -> S2FTError | None:
             resources_per_worker=_resources(parallel),
             label_selector=parallel.labels_per_worker or None,
         ),
-        torch_config=TorchConfig(backend="nccl" if parallel.use_gpu else "gloo"),
+        torch_config=NodeNetworkConfig(backend="nccl" if parallel.use_gpu else "gloo"),
         run_config=RunConfig(
             name=f"attempt-{attempt}",
             storage_path=str(run.path / "ray"),
@@ -177,7 +178,8 @@ def _explain(error: TrainingFailedError) -> S2FTError:
             f"worker {rank} failed {MAX_WORKER_FAILURES + 1} times, last with: {lines[-1]};"
             " its log has the traceback; --resume goes on from the newest checkpoint"
         )
-    return JobError(f"Ray Train gave up: {' '.join(str(error).split())}")
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    return JobError(f"Ray Train gave up: {lines[-1]}; the job's log has the traceback")
 
 
 def _fewest(parallel: ParallelConfig) -> int:
