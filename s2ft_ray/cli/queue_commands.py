@@ -156,7 +156,9 @@ def connect() -> "QueueClient":
 
         env = node.status(s2ft_home()).env
         if not env:
-            raise NodeError(f"nothing is up in {s2ft_home()}; s2ft up starts it")
+            raise NodeError(
+                f"nothing is up in {s2ft_home()}; s2ft up starts it, RAY_ADDRESS names a cluster"
+            )
         os.environ.update(env)
     import logging
 

@@ -115,7 +115,9 @@ def _become_client() -> None:
 
     status = node.status(s2ft_home())
     if not status.env:
-        raise ConfigError(f"nothing is up in {status.home}; s2ft up starts it")
+        raise ConfigError(
+            f"nothing is up in {status.home}; s2ft up starts it, RAY_ADDRESS names a cluster"
+        )
     os.environ.update(status.env)
 
 

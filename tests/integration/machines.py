@@ -40,6 +40,7 @@ class Machines:
         """`folder` is what both mount; logs are written there."""
         self._folder = folder
         self._stack = ExitStack()
+        self._started: list[subprocess.Popen[bytes]] = []
         self._prefix = f"s2ft-{uuid.uuid4().hex[:6]}"
         self.addresses = ["10.77.0.1", "10.77.0.2"]
         theirs = ("RAY_", "MLFLOW_", "S2FT_", "GLOO_")
@@ -93,13 +94,17 @@ class Machines:
     def start(self, number: int, command: str, log: str, **more: str) -> subprocess.Popen[bytes]:
         """Start a line of shell on a machine."""
         with (self._folder / log).open("w") as file:
-            return subprocess.Popen(
+            process = subprocess.Popen(
                 self._enter(number, command), env=self.env | more, stdout=file, stderr=file
             )
+        self._started.append(process)
+        return process
 
     def cut_power(self, number: int) -> None:
-        """End every process of a machine by SIGKILL."""
+        """End every process of a machine by SIGKILL; what it had in /tmp is gone, too."""
         _kill_all(f"{self._prefix}-{number}")
+        shutil.rmtree(self._disk(number))
+        self._disk(number).mkdir()
 
     def _enter(self, number: int, command: str) -> list[str]:
         line = f"mount --bind {self._disk(number)} {RAY_FOLDER} && {command}"
@@ -112,6 +117,8 @@ class Machines:
     def _end_processes(self, names: list[str]) -> None:
         for name in names:
             _kill_all(name)
+        for process in self._started:
+            process.wait(60)
 
 
 def _ip(*arguments: str) -> None:

@@ -256,4 +256,7 @@ def test_without_a_node_the_way_out_is_named(
     monkeypatch.setenv("S2FT_HOME", str(tmp_path))
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
     code, _, err = run(capsys, "jobs")
-    assert (code, err) == (1, f"error: nothing is up in {tmp_path}; s2ft up starts it\n")
+    assert (code, err) == (
+        1,
+        f"error: nothing is up in {tmp_path}; s2ft up starts it, RAY_ADDRESS names a cluster\n",
+    )

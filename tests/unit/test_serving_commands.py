@@ -107,6 +107,9 @@ def test_without_a_service_or_a_node_the_way_out_is_told(
     monkeypatch.setenv("S2FT_HOME", str(tmp_path))
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
     assert main(["serve", "--base", "s2ft://tiny"]) == 2
-    assert capsys.readouterr().err == f"error: nothing is up in {tmp_path}; s2ft up starts it\n"
+    assert (
+        capsys.readouterr().err
+        == f"error: nothing is up in {tmp_path}; s2ft up starts it, RAY_ADDRESS names a cluster\n"
+    )
     with pytest.raises(SystemExit, match="2"):
         main(["serve", "--base", "s2ft://tiny", "--port", "80"])
