@@ -1,4 +1,4 @@
-"""serve, chat, promote, rollback, and adapters list: models that answer."""
+"""serve, chat, promote, rollback, and adapters list | place | share: models that answer."""
 
 import argparse
 import json
@@ -44,6 +44,16 @@ def add_commands(commands: "argparse._SubParsersAction[argparse.ArgumentParser]"
     )
     action.add_argument("--alias", default="champion")
     action.set_defaults(run=_place)
+
+    action = actions.add_parser("share", help="say which other tenants may call a model")
+    action.add_argument("model", metavar="NAME")
+    action.add_argument(
+        "tenants",
+        metavar="TENANT",
+        nargs="*",
+        help="these and no others; '*': all; none: its owner",
+    )
+    action.set_defaults(run=_share)
 
     command = commands.add_parser("chat", help="talk to a served model")
     command.add_argument("model", metavar="NAME", help="<tenant>.<name>[@alias|:version] or a base")
@@ -172,6 +182,18 @@ def _place(args: argparse.Namespace) -> int:
 
     place(args.model, args.alias, None if args.placement == "free" else args.placement)
     print(f"{args.model}@{args.alias} is {args.placement}")
+    return 0
+
+
+def _share(args: argparse.Namespace) -> int:
+    _become_registry_client()
+    from s2ft_ray.registry import share
+
+    share(args.model, args.tenants)
+    others = (
+        f"shared with {', '.join(sorted(set(args.tenants)))}" if args.tenants else "its owner's"
+    )
+    print(f"{args.model} is {others}")
     return 0
 
 

@@ -1,6 +1,7 @@
 """MLflow, and nothing else of the package knows it: runs, registered adapters, the flavour."""
 
 from s2ft_ray.registry.aliases import (
+    EVERYONE,
     PLACEMENTS,
     AliasedModel,
     AliasMove,
@@ -10,6 +11,7 @@ from s2ft_ray.registry.aliases import (
     place,
     promote,
     rollback,
+    share,
 )
 from s2ft_ray.registry.connection import default_tracking_uri
 from s2ft_ray.registry.deltas import ModuleDelta, measure_deltas
@@ -27,6 +29,7 @@ from s2ft_ray.registry.tracking import TrackedRun, deliver_run
 from s2ft_ray.registry.versions import RegisteredVersion, register_adapter
 
 __all__ = [
+    "EVERYONE",
     "PLACEMENTS",
     "AliasMove",
     "AliasedModel",
@@ -55,5 +58,6 @@ __all__ = [
     "resolve_adapter",
     "resolve_parent",
     "rollback",
+    "share",
     "trim_kept",
 ]

@@ -4,15 +4,15 @@ Invariant: an alias moves onto a version that exists, and where it stood is kept
 that the move can be taken back. What serving found out about a version is noted beside it.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
 from mlflow import MlflowClient
 
 from s2ft_ray.errors import AdapterError, ConfigError
 from s2ft_ray.registry.connection import connect, default_tracking_uri, reaching
-from s2ft_ray.registry.names import DEFAULT_ALIAS, ModelRef, check_alias, check_name
-from s2ft_ray.registry.resolution import find_version
+from s2ft_ray.registry.names import DEFAULT_ALIAS, ModelRef, check_alias, check_name, check_tenant
+from s2ft_ray.registry.resolution import find_model, find_version
 
 _PREVIOUS = "s2ft.previous."  # on a model, by alias: the version that it pointed to before
 _SERVED = "s2ft.served."  # on a model, by alias: the last version that serving has accepted
@@ -20,6 +20,7 @@ _SHARED = "s2ft.shared_with"  # on a model: tenants that may call it, separated 
 _PLACED = "s2ft.placed."  # on a model, by alias: how it is kept on the replicas
 _REJECTED = "s2ft.rejected"  # on a version: why serving gives it no traffic
 PLACEMENTS = ("warm", "pinned", "dedicated")
+EVERYONE = "*"
 _PAGE = 1000
 
 
@@ -133,6 +134,24 @@ def place(name: str, alias: str, placement: str | None, tracking_uri: str | None
             client.set_registered_model_tag(name, _PLACED + alias, placement)
         elif _PLACED + alias in client.get_registered_model(name).tags:
             client.delete_registered_model_tag(name, _PLACED + alias)
+
+
+def share(name: str, tenants: Iterable[str], tracking_uri: str | None = None) -> None:
+    """Let these tenants call the model, beside its owner, and no others; ``*``: everyone.
+
+    Raises ConfigError for names that can't be, AdapterError for a model that doesn't exist,
+    JobError where MLflow can't be used.
+    """
+    check_name(name)
+    chosen = sorted(set(tenants))
+    for tenant in chosen:
+        if tenant != EVERYONE:
+            check_tenant(tenant)
+    uri = tracking_uri or default_tracking_uri()
+    with reaching(uri, f"{name}: can't be shared"):
+        client = connect(uri)
+        find_model(client, name)
+        client.set_registered_model_tag(name, _SHARED, ",".join(chosen))
 
 
 def note_served(name: str, alias: str, version: int, tracking_uri: str) -> None:

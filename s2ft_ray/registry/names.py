@@ -65,6 +65,14 @@ def check_name(name: str, ref: str | None = None) -> None:
         )
 
 
+def check_tenant(tenant: str) -> None:
+    """Raise ConfigError for a name that no tenant can have."""
+    if not _PART.match(tenant):
+        raise ConfigError(
+            f"{tenant!r} is no tenant's name; write lower case letters, digits and '-'"
+        )
+
+
 def check_alias(alias: str, ref: str | None = None) -> None:
     """Raise ConfigError for an alias that MLflow would refuse or take for something else."""
     shown = f"{alias!r}" if ref is None else f"{ref!r}: {alias!r}"

@@ -166,6 +166,14 @@ def find_version(client: MlflowClient, ref: ModelRef) -> ModelVersion:
         ) from error
 
 
+def find_model(client: MlflowClient, name: str) -> RegisteredModel:
+    """Return the registered model. Raises AdapterError that says what there is instead."""
+    model = _registered_model(client, name)
+    if model is None:
+        raise AdapterError(_unknown_name(client, ModelRef(name)))
+    return model
+
+
 def _registered_model(client: MlflowClient, name: str) -> RegisteredModel | None:
     try:
         return client.get_registered_model(name)

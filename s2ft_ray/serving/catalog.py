@@ -10,13 +10,12 @@ from typing import Any
 
 from s2ft_ray.accounts import Principal
 from s2ft_ray.errors import ConfigError
-from s2ft_ray.registry import ModelRef, parse_ref
+from s2ft_ray.registry import EVERYONE, ModelRef, parse_ref
 from s2ft_ray.serving.requests import AdapterKey
 from s2ft_ray.serving.routes import Route
 from s2ft_ray.serving.wire_errors import ApiError, model_not_found
 
 DEFAULT_ALIAS = "champion"
-EVERYONE = "*"
 
 
 @dataclass(frozen=True)

@@ -97,6 +97,30 @@ def test_the_command_line_places(uri: str, capsys: pytest.CaptureFixture[str]) -
     assert list_models(uri)[0].placements == {}
 
 
+def test_the_command_line_shares_and_takes_back(
+    uri: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["adapters", "share", NAME, "globex", "initech"]) == 0
+    assert capsys.readouterr().out == f"{NAME} is shared with globex, initech\n"
+    assert list_models(uri)[0].shared_with == {"globex", "initech"}
+    assert main(["adapters", "share", NAME, "*"]) == 0
+    assert list_models(uri)[0].shared_with == {"*"}
+    assert main(["adapters", "share", NAME]) == 0
+    assert list_models(uri)[0].shared_with == set()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "fault"),
+    [([NAME, "Globex, Inc."], "'Globex, Inc.' is no tenant's name"), (["a.nobody", "b"], "nobody")],
+)
+def test_what_cannot_be_shared_is_told(
+    uri: str, arguments: list[str], fault: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["adapters", "share", *arguments]) == 2
+    assert fault in capsys.readouterr().err
+    assert list_models(uri)[0].shared_with == set()
+
+
 def test_a_registry_that_is_away_is_told() -> None:
     with pytest.raises(JobError, match="can't be used"):
         list_models("http://127.0.0.1:9")
