@@ -149,6 +149,8 @@ class Checkpointer:
         """
         chosen: list[Any] = [None]
         if self._workers.rank == 0:
+            for partial in self._folder.glob(".step-*.partial"):  # of workers that were killed
+                shutil.rmtree(partial)
             chosen[0] = self._newest_sound()
         dist.broadcast_object_list(chosen)
         if chosen[0] is None:

@@ -38,6 +38,8 @@ MAX_WORKER_FAILURES = 3
 # Ray waits 60 s for the workers' resources, then tries again: together half an hour.
 MAX_START_FAILURES = 30
 
+_STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
+
 RAY_TRAIN_SETTINGS = {
     # How soon the end of the workers is seen: 2 s by default, much of a short run.
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",
@@ -76,14 +78,14 @@ def train_with_ray(run: RunFolder, parallel: ParallelConfig) -> None:
     A killed worker restarts the group from the newest checkpoint. Where Ray drains a node, the
     workers save and leave it, and the run goes on at once where the other nodes have room.
     Raises Preempted when they haven't, or the run was asked to stop (``RunFolder.request_stop``,
-    or SIGTERM to this process), and its checkpoint is saved; the run's own error (bad data,
+    SIGTERM or SIGINT to this process), and its checkpoint is saved; the run's own error (bad data,
     divergence, a full disk); or JobError where the workers were lost too often. A request to stop
     from before is cleared.
     """
     run.clear_stop()
     for name, value in RAY_TRAIN_SETTINGS.items():
         os.environ.setdefault(name, value)
-    with _stopped_by_sigterm(run):
+    with _stopped_by_signals(run):
         while (fault := _fit(run, parallel)) is not None:
             if not isinstance(fault, Preempted) or run.is_stop_requested():
                 raise fault
@@ -96,7 +98,7 @@ def train_with_ray(run: RunFolder, parallel: ParallelConfig) -> None:
 def _fit(run: RunFolder, parallel: ParallelConfig) -> S2FTError | None:
     """Train under one Ray Train controller; return the run's own fault."""
     attempt = 1 + len(list(run.path.glob("ray/attempt-*")))
-    trainer = TorchTrainer(
+    trainer = _Trainer(
         _worker_entry,
         train_loop_config={
             "run_folder": str(run.path),
@@ -126,25 +128,37 @@ def _fit(run: RunFolder, parallel: ParallelConfig) -> S2FTError | None:
 
 
 @contextmanager
-def _stopped_by_sigterm(run: RunFolder) -> Iterator[None]:
-    """Let the first SIGTERM to this process ask the run to stop; the second one ends it.
+def _stopped_by_signals(run: RunFolder) -> Iterator[None]:
+    """Let the first SIGTERM or SIGINT to this process ask the run to stop; the second ends it.
 
-    `ray job stop` sends it, and kills after RAY_JOB_STOP_WAIT_TIME_S (3 s by default).
+    `ray job stop` sends SIGTERM, and kills after RAY_JOB_STOP_WAIT_TIME_S (3 s by default).
     """
     if threading.current_thread() is not threading.main_thread():
         yield  # only the main thread gets signals
         return
-    before = signal.getsignal(signal.SIGTERM)
+    before = {number: signal.getsignal(number) for number in _STOP_SIGNALS}
 
-    def stop(_number: int, _frame: object) -> None:
-        signal.signal(signal.SIGTERM, before)
-        run.request_stop("SIGTERM")
+    def restore() -> None:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
-    signal.signal(signal.SIGTERM, stop)
+    def stop(number: int, _frame: object) -> None:
+        restore()
+        run.request_stop(signal.Signals(number).name)
+
+    for number in _STOP_SIGNALS:
+        signal.signal(number, stop)
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, before)
+        restore()
+
+
+class _Trainer(TorchTrainer):  # type: ignore[misc]
+    """Ray Train's, without its own way with Ctrl-C, which aborts the workers at once."""
+
+    def _register_sigint_handler(self, controller: object) -> None:
+        """Leave the signal to `_stopped_by_signals`."""
 
 
 def _worker_entry(settings: dict[str, Any]) -> S2FTError | None:

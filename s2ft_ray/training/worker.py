@@ -235,7 +235,13 @@ class WorkerPart:
             raise AdapterError(f"the workers hold different adapters: {', '.join(prints)}")
         with _raised_everywhere():
             if self.workers.rank == 0:
-                adapter.save(self.run.adapter)
+                try:
+                    adapter.save(self.run.adapter)
+                except OSError as error:
+                    raise AdapterError(
+                        f"{self.run.adapter}: {error.strerror or error}; make room there;"
+                        " --resume writes it from the last checkpoint"
+                    ) from error
                 loaded = Adapter.load(self.run.adapter).fingerprint
                 if loaded != adapter.fingerprint:
                     raise AdapterError(f"{self.run.adapter}: reads back as another one ({loaded})")

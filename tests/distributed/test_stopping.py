@@ -53,6 +53,16 @@ def lines_of(results: list[tuple[list[int], list[float], str]]) -> Counter[int]:
     return Counter(line for lines, _, _ in results for line in lines)
 
 
+def test_a_new_run_computes_with_as_many_threads_as_it_is_given(
+    one: GlooPool, tmp_path: Path, base: Path
+) -> None:
+    run = make_run(tmp_path, base)
+    try:
+        assert one.run(runs.train, run.path, 2) == [2]
+    finally:
+        one.run(torch.set_num_threads, 1)
+
+
 def test_a_stopped_run_goes_on_bit_for_bit(two: GlooPool, tmp_path: Path, base: Path) -> None:
     whole, run = make_run(tmp_path / "whole", base), make_run(tmp_path / "cut", base)
     two.run(train_counting, whole.path)

@@ -1,6 +1,9 @@
 """The run on gloo processes: the same numbers whatever holds the weights and whatever happens."""
 
+import dataclasses
+import errno
 import json
+import os
 import subprocess
 from pathlib import Path
 from typing import Any
@@ -8,11 +11,12 @@ from typing import Any
 import pytest
 import runs
 import torch
+import torch.distributed as dist
 from gloo import GlooPool
 
 from s2ft_ray.bases import load_base_model
 from s2ft_ray.config import OptimConfig
-from s2ft_ray.errors import CheckpointError, JobError
+from s2ft_ray.errors import AdapterError, CheckpointError, JobError
 from s2ft_ray.method import Adapter, convert, extract_adapter
 from s2ft_ray.training import checkpoint, worker
 from s2ft_ray.training.objective import target_loss
@@ -235,6 +239,17 @@ def test_a_damaged_checkpoint_is_passed_over(
     assert (run.checkpoints / "damaged-step-00000004").is_dir()
 
 
+def test_what_a_killed_worker_had_half_written_is_removed(
+    one: GlooPool, tmp_path: Path, base: Path
+) -> None:
+    run = runs.make_run(tmp_path, base)
+    partial = run.checkpoints / ".step-00000003.partial"
+    partial.mkdir(parents=True)
+    (partial / "__0_0.distcp").write_bytes(b"half")
+    one.run(runs.train, run.path)
+    assert not list(run.checkpoints.glob(".*"))
+
+
 def test_a_checkpoint_holds_the_slices_and_not_the_base(two: GlooPool, tmp_path: Path) -> None:
     base = runs.save_base(
         tmp_path / "base",
@@ -283,6 +298,68 @@ def train_with_a_lying_disk(path: Path) -> None:
 
 
 # Faults
+
+
+def test_an_adapter_for_which_there_is_no_room_is_written_by_the_next_start(
+    two: GlooPool, tmp_path: Path, base: Path
+) -> None:
+    run = runs.make_run(tmp_path, base, parallel={"num_workers": 2})
+    with pytest.raises(AdapterError, match=r"adapter: No space left on device; make room there"):
+        two.run(train_on_a_full_disk, run.path)
+    assert not run.adapter.exists()
+    two.run(runs.train, run.path)
+    assert [line["step"] for line in runs.read_metrics(run, "start")] == [0, 6]
+    assert len(runs.read_metrics(run, "train")) == 6
+    assert fingerprint(run) == fingerprint(train_in(two, tmp_path / "whole", base))
+
+
+def train_on_a_full_disk(path: Path) -> None:
+    def save(_adapter: Adapter, _path: Path) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(worker.Adapter, "save", save)
+        runs.train(path)
+
+
+def test_workers_that_hold_different_adapters_write_none(
+    two: GlooPool, tmp_path: Path, base: Path
+) -> None:
+    run = runs.make_run(tmp_path, base, parallel={"num_workers": 2})
+    with pytest.raises(AdapterError, match="the workers hold different adapters"):
+        two.run(train_with_one_part_of_an_adapter, run.path)
+    assert not run.adapter.exists()
+
+
+def train_with_one_part_of_an_adapter(path: Path) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        if dist.get_rank() == 1:
+            patch.setattr(worker, "extract_adapter", lambda model: changed(extract_adapter(model)))
+        runs.train(path)
+
+
+def test_an_adapter_that_reads_back_as_another_is_told(
+    one: GlooPool, tmp_path: Path, base: Path
+) -> None:
+    run = runs.make_run(tmp_path, base)
+    with pytest.raises(AdapterError, match="reads back as another one"):
+        one.run(train_into_a_wrong_file, run.path)
+
+
+def train_into_a_wrong_file(path: Path) -> None:
+    real = Adapter.save
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(worker.Adapter, "save", lambda adapter, out: real(changed(adapter), out))
+        runs.train(path)
+
+
+def changed(adapter: Adapter) -> Adapter:
+    """The same but for one value."""
+    name, part = next(iter(adapter.slices.items()))
+    delta = part.delta.clone()
+    delta.view(-1)[0] += 1
+    other = dataclasses.replace(part, delta=delta)
+    return dataclasses.replace(adapter, slices={**adapter.slices, name: other})
 
 
 def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_rows(

@@ -177,7 +177,7 @@ def test_a_run_that_is_stopped_and_loses_a_worker_and_its_driver_ends_with_the_s
     )
     with started(node, config) as first:
         run = wait_for_step(tmp_path, first, 5)
-        first.send_signal(signal.SIGTERM)
+        first.send_signal(signal.SIGINT)
         _, stderr = first.communicate(timeout=60)
     assert first.returncode == 3, stderr
     (stop,) = metrics_of(run, "stop")

@@ -71,3 +71,27 @@ def test_names_that_are_no_local_paths_stay_as_they_are(name: str) -> None:
 def test_the_storage_is_named_for_good(tmp_path: Path) -> None:
     config = settle(run(data={"train": "x"}))
     assert config.checkpoint.storage_path == str(tmp_path / "home" / "runs")
+
+
+def test_whatever_else_names_a_path_gets_its_full_path_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "held_out.jsonl").write_text("{}")
+    (tmp_path / "template.jinja").write_text("{{ messages }}")
+    (tmp_path / "adapter").mkdir()
+    monkeypatch.chdir(tmp_path)
+    settled = settle(
+        run(
+            data={
+                "train": "held_out.jsonl",
+                "eval": "held_out.jsonl",
+                "chat_template": "template.jinja",
+            },
+            registry={"parent": "adapter"},
+            checkpoint={"storage_path": "runs"},
+        )
+    )
+    assert settled.data.eval == str(tmp_path / "held_out.jsonl")
+    assert settled.data.chat_template == "{{ messages }}"
+    assert settled.registry.parent == str(tmp_path / "adapter")
+    assert settled.checkpoint.storage_path == str(tmp_path / "runs")

@@ -1,16 +1,19 @@
-"""Room in the cluster, and what a run does whose node is to go; no Ray is started."""
+"""Room in the cluster, what Ray Train is told, and a run whose node is to go; no Ray is started."""
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from ray.train.v2.api.exceptions import ControllerError
 
 from s2ft_ray.config import ParallelConfig
-from s2ft_ray.errors import ConfigError, Diverged, Preempted, S2FTError
+from s2ft_ray.errors import ConfigError, Diverged, JobError, Preempted, S2FTError
 from s2ft_ray.training import launch
 from s2ft_ray.training.run_folder import RunFolder
 
 PAIR = ParallelConfig(num_workers=2, resources_per_worker={"CPU": 2})
+ELASTIC = ParallelConfig(num_workers=(1, 4), resources_per_worker={"CPU": 2})
 
 
 @pytest.fixture
@@ -46,9 +49,70 @@ def test_labels_bind_workers_to_their_nodes(cluster: dict[str, float]) -> None:
 
 
 def test_a_range_takes_the_most_that_fit_on_the_nodes_that_stay(cluster: dict[str, float]) -> None:
-    elastic = ParallelConfig(num_workers=(1, 4), resources_per_worker={"CPU": 2})
     cluster.update(a=4, drained=8)
-    assert launch._num_workers(elastic) == 2
+    assert launch._num_workers(ELASTIC) == 2
+
+
+def told(monkeypatch: pytest.MonkeyPatch, fault: Exception | None = None) -> list[dict[str, Any]]:
+    """Let Ray Train's controller end well, or with `fault`; return what each was built with."""
+    trainers: list[dict[str, Any]] = []
+
+    def build(self: object, entry: Any, **options: Any) -> None:
+        del self, entry
+        trainers.append(options)
+
+    def fit(self: object) -> SimpleNamespace:
+        del self
+        if fault is not None:
+            raise fault
+        return SimpleNamespace(return_value=None)
+
+    # on Ray's class, so that no subclass of it starts a Ray
+    monkeypatch.setattr(launch.TorchTrainer, "__init__", build)
+    monkeypatch.setattr(launch.TorchTrainer, "fit", fit)
+    return trainers
+
+
+def test_ray_train_is_told_one_number_of_workers_and_when_to_give_up(
+    cluster: dict[str, float], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    cluster.update(a=4, b=3)
+    trainers = told(monkeypatch)
+    assert launch._fit(RunFolder(tmp_path), ELASTIC) is None
+    (trainer,) = trainers
+    # of a range Ray Train would resize the group by itself
+    assert type(trainer["scaling_config"].num_workers) is int
+    assert trainer["scaling_config"].num_workers == 3
+    assert trainer["scaling_config"].resources_per_worker == {"CPU": 2}
+    assert trainer["train_loop_config"] == {"run_folder": str(tmp_path), "num_threads": 2}
+    failures = trainer["run_config"].failure_config
+    assert failures.max_failures > 0  # by default none, and -1 is for ever
+    assert failures.controller_failure_limit > 0
+
+
+def test_every_start_of_the_workers_has_its_own_folder_in_the_run(
+    cluster: dict[str, float], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    cluster.update(a=4)
+    trainers = told(monkeypatch)
+    launch._fit(RunFolder(tmp_path), ELASTIC)
+    (tmp_path / "ray" / "attempt-1").mkdir(parents=True)  # as Ray Train does
+    launch._fit(RunFolder(tmp_path), ELASTIC)
+    assert [it["run_config"].name for it in trainers] == ["attempt-1", "attempt-2"]
+    for trainer in trainers:
+        assert Path(trainer["run_config"].storage_path) == tmp_path / "ray"
+
+
+def test_a_controller_that_gave_up_is_told_in_one_line(
+    cluster: dict[str, float], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    cluster.update(a=4)
+    cause = RuntimeError("Traceback (most recent call last):\n  ...\nno workers after 30 tries\n")
+    told(monkeypatch, ControllerError(cause))
+    with pytest.raises(JobError, match=r"^Ray Train gave up: no workers after 30 tries; .*$") as it:
+        launch._fit(RunFolder(tmp_path), ELASTIC)
+    assert len(str(it.value).splitlines()) == 1
+    assert isinstance(it.value.__cause__, ControllerError)
 
 
 def fits(monkeypatch: pytest.MonkeyPatch, *outcomes: S2FTError | None) -> list[int]:
