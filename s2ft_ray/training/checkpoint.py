@@ -148,9 +148,8 @@ class Checkpointer:
         A damaged one is passed over with a warning that names it and what is wrong with it.
         """
         chosen: list[Any] = [None]
+        self._on_first_worker(self._remove_partial)
         if self._workers.rank == 0:
-            for partial in self._folder.glob(".step-*.partial"):  # of workers that were killed
-                shutil.rmtree(partial)
             chosen[0] = self._newest_sound()
         dist.broadcast_object_list(chosen)
         if chosen[0] is None:
@@ -190,6 +189,11 @@ class Checkpointer:
 
     def _committed(self) -> list[Path]:
         return sorted(self._folder.glob("step-*"))
+
+    def _remove_partial(self) -> None:
+        """Remove what workers that were killed had half written."""
+        for partial in self._folder.glob(".step-*.partial"):
+            shutil.rmtree(partial)
 
     def _newest_sound(self) -> tuple[Path, dict[str, Any]] | None:
         for folder in reversed(self._committed()):

@@ -39,7 +39,6 @@ class Machines:
     def __init__(self, folder: Path) -> None:
         """`folder` is what both mount; logs are written there."""
         self._folder = folder
-        self._stack = ExitStack()
         self._started: list[subprocess.Popen[bytes]] = []
         self._prefix = f"s2ft-{uuid.uuid4().hex[:6]}"
         self.addresses = ["10.77.0.1", "10.77.0.2"]
@@ -60,10 +59,10 @@ class Machines:
         RAY_FOLDER.mkdir(exist_ok=True)
         for number in (0, 1):
             self._disk(number).mkdir()
-        try:
+        with ExitStack() as stack:
             for name in names:
                 _ip("netns", "add", name)
-                self._stack.callback(_ip, "netns", "del", name)
+                stack.callback(_ip, "netns", "del", name)
             _ip("-n", names[0], "link", "add", "eth0", "type", "veth",
                 "peer", "name", "eth0", "netns", names[1])  # fmt: skip
             for name, address in zip(names, self.addresses, strict=True):
@@ -72,10 +71,8 @@ class Machines:
                 _ip("-n", name, "link", "set", "eth0", "up")
             for name, other in zip(names, reversed(self.addresses), strict=True):
                 _ip("-n", name, "route", "add", "default", "via", other)
-            self._stack.callback(self._end_processes, names)
-        except BaseException:
-            self._stack.close()
-            raise
+            stack.callback(self._end_processes, names)
+            self._stack = stack.pop_all()
         return self
 
     def __exit__(self, *_: object) -> None:

@@ -1,5 +1,7 @@
 """Room in the cluster, what Ray Train is told, and a run whose node is to go; no Ray is started."""
 
+import os
+import signal
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -113,6 +115,18 @@ def test_a_controller_that_gave_up_is_told_in_one_line(
         launch._fit(RunFolder(tmp_path), ELASTIC)
     assert len(str(it.value).splitlines()) == 1
     assert isinstance(it.value.__cause__, ControllerError)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_the_first_signal_asks_for_a_stop_and_the_next_is_as_it_was(
+    number: signal.Signals, tmp_path: Path
+) -> None:
+    run, before = RunFolder(tmp_path), signal.getsignal(number)
+    with launch._stopped_by_signals(run):
+        assert signal.getsignal(number) != before
+        os.kill(os.getpid(), number)
+        assert run.is_stop_requested()
+        assert signal.getsignal(number) == before
 
 
 def fits(monkeypatch: pytest.MonkeyPatch, *outcomes: S2FTError | None) -> list[int]:
