@@ -1,6 +1,7 @@
 """What is done to a node in ``queue_soak.py``: kills, a cut, a freeze, a full disk.
 
-Each fault is a method that does it, waits it out and says in a few words what was done.
+Each fault is a method that does it, waits it out and says in a few words what was done; where there
+is nobody to do it to, it raises MissedError.
 """
 
 import contextlib
@@ -9,34 +10,43 @@ import random
 import signal
 import sqlite3
 import subprocess
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 
 import psutil
-from nodes import BIN, Node
+from nodes import Node
 from postgresql_way import Way
 
 PATIENCE_S = 120.0
 """How long a fault waits for somebody to kill."""
 
 
+class MissedError(Exception):
+    """A fault that found nobody to do it to."""
+
+
 class SecondNode:
-    """A second raylet on this machine, as `ray start --address` makes it."""
+    """A second raylet on this machine."""
 
     def __init__(self, node: Node, num_cpus: int) -> None:
         self._node, self._num_cpus = node, num_cpus
         self._process: subprocess.Popen[bytes] | None = None
 
     def start(self) -> None:
-        """Join the cluster."""
-        # the address is a loopback one, for which Ray wants to be asked twice
-        env = {**self._node.env, "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "1"}
-        command = [str(BIN / "ray"), "start", f"--address={env['RAY_ADDRESS']}", "--block"]
-        command += ["--node-ip-address=127.0.0.1", f"--num-cpus={self._num_cpus}"]
-        command += ["--object-store-memory=80000000"]
-        log = (self._node.home / "second-node.log").open("ab")
-        self._process = subprocess.Popen(command, env=env, stdout=log, stderr=log)
+        """Join the cluster, and wait for it."""
+        env = self._node.env
+        program = Path(__file__).parent / "integration" / "second_raylet.py"
+        command = [sys.executable, str(program), env["RAY_ADDRESS"], str(self._num_cpus)]
+        path = self._node.home / "second-node.log"
+        with path.open("ab") as log:
+            self._process = subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=log)
+        assert self._process.stdout is not None
+        while line := self._process.stdout.readline():
+            if line == b"up\n":
+                return
+        raise AssertionError(f"the second node can't join: {path.read_text()[-2000:]}")
 
     def family(self) -> list[psutil.Process]:
         """Return the node's processes, without the command that started it."""
@@ -51,6 +61,7 @@ class SecondNode:
                 _kill(member)
             self._process.kill()
             self._process.wait()
+            self._process.stdout.close()  # type: ignore[union-attr]
 
 
 class Faults:
@@ -81,7 +92,7 @@ class Faults:
         try:
             os.kill(pid, signal.SIGKILL)
         except ProcessLookupError:
-            return "was being started"
+            raise MissedError("it was being started") from None
         return f"killed {pid}"
 
     def _kill_driver(self) -> str:
@@ -105,7 +116,7 @@ class Faults:
                 _kill(victim)
                 return f"killed {victim.pid}"
             time.sleep(0.5)
-        return "none was there"
+        raise MissedError("none was there")
 
     def _family(self) -> list[psutil.Process]:
         pid = self._pid("ray")
@@ -119,6 +130,8 @@ class Faults:
     def _kill_raylet(self) -> str:
         assert self._second is not None, "the soak needs a node of its own for a second raylet"
         raylets = [it for it in self._second.family() if _is_a(it, "raylet")]
+        if not raylets:
+            raise MissedError("it was being started")
         for raylet in raylets:
             _kill(raylet)
         time.sleep(self._rng.uniform(5.0, 20.0))
@@ -143,7 +156,7 @@ class Faults:
     def _freeze_mlflow(self) -> str:
         pid = self._pid("mlflow")
         if pid is None:
-            return "none was there"
+            raise MissedError("none was there")
         members = [psutil.Process(pid), *psutil.Process(pid).children(recursive=True)]
         for process in members:
             process.suspend()
@@ -170,7 +183,7 @@ class Faults:
     def _restart_head(self) -> str:
         pid = self._pid("ray")
         if pid is None:
-            return "none was there"
+            raise MissedError("none was there")
         head = [it for it in psutil.Process(pid).children() if _is_a(it, "gcs_server", "raylet")]
         for process in [*head, psutil.Process(pid)]:
             _kill(process)

@@ -31,7 +31,7 @@ import yaml
 sys.path.insert(0, str(Path(__file__).parent / "integration"))
 from nodes import Node
 from postgresql_way import Way
-from queue_faults import Faults, SecondNode
+from queue_faults import Faults, MissedError, SecondNode
 
 FAULTS = ("scheduler", "driver", "worker", "raylet", "database", "mlflow", "disk", "head")
 LATEST_S = 25.0
@@ -69,6 +69,7 @@ class Soak:
         self.store = Store(f"sqlite:///{node.home / 'scheduler.db'}" if way is None else way.beside)
         self.expected: str | None = None
         self.attempts: Counter[int] = Counter()
+        self.done: Counter[str] = Counter()
 
     def round(self, number: int, num_jobs: int, faults: list[str]) -> list[str]:
         """Submit, disturb, wait; return what is wrong."""
@@ -131,7 +132,12 @@ class Soak:
         return wrong
 
     def _do(self, fault: str) -> None:
-        print(f"  {time.strftime('%X')} {fault}: {self.faults.do(fault)}", flush=True)
+        try:
+            told = self.faults.do(fault)
+            self.done[fault] += 1
+        except MissedError as missed:
+            told = f"missed, {missed}"
+        print(f"  {time.strftime('%X')} {fault}: {told}", flush=True)
 
 
 def main() -> int:
@@ -204,6 +210,7 @@ def _soak(soak: Soak, args: argparse.Namespace) -> int:
     soak.store.close()
     tries = ", ".join(f"{count} of {tries}" for tries, count in sorted(soak.attempts.items()))
     print(f"jobs by the number of their attempts: {tries}")
+    print("faults: " + ", ".join(f"{count} {fault}" for fault, count in soak.done.most_common()))
     print("\n".join(wrong) if wrong else f"{number} rounds, all right")
     return 1 if wrong else 0
 

@@ -1,7 +1,14 @@
-"""Base models by name: the embedded ``s2ft://tiny``, folders in Hugging Face layout, hub names."""
+"""Base models by name: the embedded ``s2ft://tiny``, folders in Hugging Face layout, hub names.
+
+What loads is itself loaded on first use: where a base is needs no torch.
+"""
+
+from typing import TYPE_CHECKING, Any
 
 from s2ft_ray.bases.folders import base_name, find_folder, local_folder, resolve_base
-from s2ft_ray.bases.loading import load_base_model, load_model_config, load_tokenizer
+
+if TYPE_CHECKING:
+    from s2ft_ray.bases.loading import load_base_model, load_model_config, load_tokenizer
 
 __all__ = [
     "base_name",
@@ -12,3 +19,11 @@ __all__ = [
     "local_folder",
     "resolve_base",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name in __all__:
+        from s2ft_ray.bases import loading
+
+        return getattr(loading, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

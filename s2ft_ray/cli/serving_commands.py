@@ -90,10 +90,10 @@ def _serve(args: argparse.Namespace) -> int:
     from s2ft_ray.config import ModelConfig
 
     _become_client()
-    from s2ft_ray.bases import load_model_config
+    from s2ft_ray.bases import local_folder
 
     for base in args.base:  # a name that can't be is told now, not by a replica that fails
-        load_model_config(ModelConfig(name_or_path=base))
+        local_folder(ModelConfig(name_or_path=base), weights=False)
     print("starting the service, about 20 s on an idle machine", file=sys.stderr)
     from s2ft_ray.serving.deployment import deploy, gpu_share
     from s2ft_ray.serving.settings import BaseSettings, ServingSettings

@@ -1,32 +1,45 @@
-"""MLflow, and nothing else of the package knows it: runs, registered adapters, the flavour."""
+"""MLflow, and nothing else of the package knows it: runs, registered adapters, the flavour.
 
-from s2ft_ray.registry.aliases import (
-    EVERYONE,
-    PLACEMENTS,
-    AliasedModel,
-    AliasMove,
-    list_models,
-    note_rejected,
-    note_served,
-    place,
-    promote,
-    rollback,
-    share,
-)
-from s2ft_ray.registry.connection import default_tracking_uri
-from s2ft_ray.registry.deltas import ModuleDelta, measure_deltas
-from s2ft_ray.registry.evaluations import log_evaluation
-from s2ft_ray.registry.kept import forget_kept, trim_kept
-from s2ft_ray.registry.lineage import Parent, resolve_parent
-from s2ft_ray.registry.names import ModelRef, check_alias, check_name, parse_ref
-from s2ft_ray.registry.resolution import (
-    LocatedAdapter,
-    ResolvedAdapter,
-    locate_adapter,
-    resolve_adapter,
-)
-from s2ft_ray.registry.tracking import TrackedRun, deliver_run
-from s2ft_ray.registry.versions import RegisteredVersion, register_adapter
+A name is loaded with the module that has it when it is first used: who only looks a version up pays
+neither for torch nor for the figures.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from s2ft_ray.registry.aliases import (
+        PLACEMENTS,
+        AliasedModel,
+        list_models,
+        note_rejected,
+        note_served,
+        place,
+        promote,
+        rollback,
+        share,
+    )
+    from s2ft_ray.registry.connection import default_tracking_uri
+    from s2ft_ray.registry.deltas import ModuleDelta, measure_deltas
+    from s2ft_ray.registry.evaluations import log_evaluation
+    from s2ft_ray.registry.kept import forget_kept, trim_kept
+    from s2ft_ray.registry.lineage import Parent, resolve_parent
+    from s2ft_ray.registry.names import (
+        EVERYONE,
+        AliasMove,
+        ModelRef,
+        check_alias,
+        check_name,
+        parse_ref,
+    )
+    from s2ft_ray.registry.resolution import (
+        LocatedAdapter,
+        ResolvedAdapter,
+        locate_adapter,
+        resolve_adapter,
+    )
+    from s2ft_ray.registry.tracking import TrackedRun, deliver_run
+    from s2ft_ray.registry.versions import RegisteredVersion, register_adapter
 
 __all__ = [
     "EVERYONE",
@@ -61,3 +74,34 @@ __all__ = [
     "share",
     "trim_kept",
 ]
+_MODULES = {
+    "aliases": {
+        "PLACEMENTS",
+        "AliasedModel",
+        "list_models",
+        "note_rejected",
+        "note_served",
+        "place",
+        "promote",
+        "rollback",
+        "share",
+    },
+    "connection": {"default_tracking_uri"},
+    "deltas": {"ModuleDelta", "measure_deltas"},
+    "evaluations": {"log_evaluation"},
+    "kept": {"forget_kept", "trim_kept"},
+    "lineage": {"Parent", "resolve_parent"},
+    "names": {"EVERYONE", "AliasMove", "ModelRef", "check_alias", "check_name", "parse_ref"},
+    "resolution": {"LocatedAdapter", "ResolvedAdapter", "locate_adapter", "resolve_adapter"},
+    "tracking": {"TrackedRun", "deliver_run"},
+    "versions": {"RegisteredVersion", "register_adapter"},
+}
+
+
+def __getattr__(name: str) -> Any:
+    for module, names in _MODULES.items():
+        if name in names:
+            value = getattr(import_module(f"{__name__}.{module}"), name)
+            globals()[name] = value
+            return value
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -11,7 +11,15 @@ from mlflow import MlflowClient
 
 from s2ft_ray.errors import AdapterError, ConfigError
 from s2ft_ray.registry.connection import connect, default_tracking_uri, reaching
-from s2ft_ray.registry.names import DEFAULT_ALIAS, ModelRef, check_alias, check_name, check_tenant
+from s2ft_ray.registry.names import (
+    DEFAULT_ALIAS,
+    EVERYONE,
+    AliasMove,
+    ModelRef,
+    check_alias,
+    check_name,
+    check_tenant,
+)
 from s2ft_ray.registry.resolution import find_model, find_version
 
 _PREVIOUS = "s2ft.previous."  # on a model, by alias: the version that it pointed to before
@@ -20,7 +28,6 @@ _SHARED = "s2ft.shared_with"  # on a model: tenants that may call it, separated 
 _PLACED = "s2ft.placed."  # on a model, by alias: how it is kept on the replicas
 _REJECTED = "s2ft.rejected"  # on a version: why serving gives it no traffic
 PLACEMENTS = ("warm", "pinned", "dedicated")
-EVERYONE = "*"
 _PAGE = 1000
 
 
@@ -37,16 +44,6 @@ class AliasedModel:
     """Tenants beside the owner; ``*``: everyone."""
     placements: Mapping[str, str] = field(default_factory=dict)
     """By alias: ``warm``, ``pinned`` or ``dedicated``; those that come and go are not in it."""
-
-
-@dataclass(frozen=True)
-class AliasMove:
-    """An alias that was moved; `before` is None where it is new."""
-
-    name: str
-    alias: str
-    version: int
-    before: int | None
 
 
 def list_models(tracking_uri: str | None = None) -> list[AliasedModel]:

@@ -11,6 +11,8 @@ from s2ft_ray.config import NAME_PATTERN
 from s2ft_ray.errors import ConfigError
 
 DEFAULT_ALIAS = "champion"
+EVERYONE = "*"
+"""In place of the tenants that a model is shared with: all of them."""
 _PART = re.compile(NAME_PATTERN.removesuffix("$") + r"\Z")
 _ALIAS = re.compile(r"[A-Za-z][A-Za-z0-9_-]{0,62}\Z")
 _RESERVED_ALIAS = re.compile(r"(latest|[vV][0-9]+)\Z")
@@ -29,6 +31,16 @@ class ModelRef:
         if self.version is not None:
             return f"{self.name}:{self.version}"
         return self.name if self.alias is None else f"{self.name}@{self.alias}"
+
+
+@dataclass(frozen=True)
+class AliasMove:
+    """An alias that was moved; `before` is None where it is new."""
+
+    name: str
+    alias: str
+    version: int
+    before: int | None
 
 
 def parse_ref(ref: str) -> ModelRef:

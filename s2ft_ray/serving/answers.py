@@ -6,12 +6,14 @@ and neither it nor what comes behind it ever goes out.
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-
-from transformers import PreTrainedTokenizerBase
+from typing import TYPE_CHECKING
 
 from s2ft_ray.serving.detokenizer import Detokenizer
 from s2ft_ray.serving.requests import FinishReason, TokenOutput, TopLogprobs
 from s2ft_ray.serving.stops import StopMatcher
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 
 @dataclass(frozen=True)
@@ -49,7 +51,7 @@ class Answer:
 
     def __init__(
         self,
-        tokenizer: PreTrainedTokenizerBase,
+        tokenizer: "PreTrainedTokenizerBase",
         prompt_ids: Sequence[int],
         stops: Sequence[str] = (),
         tells_end: bool = False,

@@ -6,6 +6,8 @@
 
 `build_app` is what `s2ft serve` runs and what deploy/serve.yaml names as its ``import_path``.
 Invariant: the deployments hold no code of their own beyond glue; each part is tested without Serve.
+Every process of the application, and the one that starts it, imports this module: what only one of
+them needs (MLflow, torch, transformers) is imported in that one.
 """
 
 import asyncio
@@ -20,7 +22,7 @@ from ray.serve.schema import LoggingConfig
 
 from s2ft_ray.accounts import Accounts
 from s2ft_ray.errors import AdapterError, ConfigError, JobError
-from s2ft_ray.registry import AliasMove, ModelRef, default_tracking_uri
+from s2ft_ray.registry import AliasMove, ModelRef
 from s2ft_ray.serving.access import Access
 from s2ft_ray.serving.api import build_api
 from s2ft_ray.serving.catalog import Catalog
@@ -30,7 +32,6 @@ from s2ft_ray.serving.replica import Replica
 from s2ft_ray.serving.routes import Route
 from s2ft_ray.serving.service import Service
 from s2ft_ray.serving.settings import BaseSettings, ServingSettings
-from s2ft_ray.serving.watcher import RejectedError, Watcher
 from s2ft_ray.serving.webhooks import WebhookSecret
 from s2ft_ray.serving.wire_errors import ApiError
 
@@ -45,6 +46,9 @@ class WatcherDeployment:
     """The watcher as an actor. One: two would check everything twice."""
 
     def __init__(self, bases: dict[str, DeploymentHandle], settings: ServingSettings) -> None:
+        from s2ft_ray.registry import default_tracking_uri
+        from s2ft_ray.serving.watcher import Watcher
+
         uri = settings.tracking_uri or default_tracking_uri()
         handles = {base_id: BaseHandle(handle) for base_id, handle in bases.items()}
         self._watcher = Watcher(dict(handles), uri, settings.poll_s)
@@ -59,7 +63,7 @@ class WatcherDeployment:
         """Return the route to one version, why there is none, or why nobody can tell."""
         try:
             return await self._watcher.find(ref)
-        except (RejectedError, AdapterError, ConfigError) as error:
+        except (AdapterError, ConfigError) as error:
             return " ".join(str(error).split())
         except JobError as error:
             return ApiError(503, f"`{ref}` can't be looked up now: {error}", retry_after_s=5)

@@ -21,7 +21,7 @@ from collections.abc import (
 )
 from contextlib import aclosing, asynccontextmanager, contextmanager
 from dataclasses import dataclass, replace
-from typing import Any, Literal, TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -34,6 +34,7 @@ from s2ft_ray.serving.adapter_store import AdapterStore
 from s2ft_ray.serving.batched_layers import BatchedLayers, hidden_size_of
 from s2ft_ray.serving.batching import Batching
 from s2ft_ray.serving.device_slots import DeviceSlots, Slot
+from s2ft_ray.serving.engine_stats import EngineStats, Resident
 from s2ft_ray.serving.grammar import Grammars
 from s2ft_ray.serving.passage import Passage
 from s2ft_ray.serving.requests import (
@@ -59,37 +60,6 @@ class _Running:
     slot: Slot | None
     owner: tuple[str | None, AdapterKey | None, bool]
     """Whose pages of the cache it shares: its tenant's, its adapter's, mixed or dedicated."""
-
-
-@dataclass(frozen=True)
-class EngineStats:
-    """What the engine holds and has done."""
-
-    num_running: int
-    num_waiting_adapters: int
-    device_bytes: int
-    device_used_bytes: int
-    host_used_bytes: int
-    num_loads: int
-    num_hits: int
-    num_misses: int
-    num_evictions: int
-    """Of adapters from the device, for others."""
-    num_steps: int
-    num_shared_tokens: int
-    """Of prompts, that were found in the KV cache."""
-    on_device: tuple[AdapterKey, ...]
-
-
-@dataclass(frozen=True)
-class Resident:
-    """An adapter in memory."""
-
-    key: AdapterKey
-    tier: Literal["device", "host"]
-    size_bytes: int
-    num_running: int = 0
-    """Requests that it answers now."""
 
 
 class Engine:

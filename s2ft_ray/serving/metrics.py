@@ -9,7 +9,7 @@ from dataclasses import fields
 from ray.serve import metrics
 
 from s2ft_ray.serving.bodies import Usage
-from s2ft_ray.serving.engine import EngineStats
+from s2ft_ray.serving.engine_stats import EngineStats
 from s2ft_ray.serving.routes import ServedRequest, tags_of
 
 _TAGS = ("model", "version", "tenant")

@@ -17,7 +17,7 @@ from typing import Protocol
 
 from s2ft_ray.errors import S2FTError, ServingError
 from s2ft_ray.serving.catalog import Catalog
-from s2ft_ray.serving.engine import Resident
+from s2ft_ray.serving.engine_stats import Resident
 from s2ft_ray.serving.requests import AdapterKey
 from s2ft_ray.serving.routes import Route
 

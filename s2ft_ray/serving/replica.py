@@ -1,7 +1,8 @@
 """A base model's replica: the glue between Ray Serve and one engine.
 
-Invariant: a request is answered by the adapter version that its route names, or refused; an adapter
-is used only once its fingerprint and its base's were found to be what the registry says.
+Invariant: a request is answered by the adapter version that its route names, or refused. torch,
+transformers and MLflow are imported where a replica is made: whoever puts the application together
+imports this module too, and needs none of them.
 """
 
 import asyncio
@@ -10,27 +11,23 @@ import time
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from dataclasses import replace
-from pathlib import Path
-from typing import Any
+from functools import partial
+from typing import TYPE_CHECKING, Any
 
 from ray import serve
 
-from s2ft_ray.bases import load_base_model, load_tokenizer
-from s2ft_ray.errors import AdapterError, ConfigError, S2FTError, ServingError
-from s2ft_ray.method import Adapter, base_fingerprint
-from s2ft_ray.registry import forget_kept, resolve_adapter, trim_kept
-from s2ft_ray.serving import canary
-from s2ft_ray.serving.engine import Engine
-from s2ft_ray.serving.generation import Generator
+from s2ft_ray.errors import ConfigError, S2FTError, ServingError
 from s2ft_ray.serving.handles import WATCHER, WatcherHandle
 from s2ft_ray.serving.metrics import TokenMetrics
 from s2ft_ray.serving.placements import Placements, check_undedicated
-from s2ft_ray.serving.prompts import Limits
 from s2ft_ray.serving.requests import AdapterKey
 from s2ft_ray.serving.routes import Route, ServedRequest
 from s2ft_ray.serving.settings import BaseSettings, ServingSettings
 from s2ft_ray.serving.uses import Uses
 from s2ft_ray.serving.wire_errors import ApiError
+
+if TYPE_CHECKING:
+    from s2ft_ray.method import Adapter
 
 log = logging.getLogger("ray.serve")
 _STATS_S = 5.0
@@ -40,38 +37,47 @@ class Replica:
     """One base in memory, with its engine. Methods are called through Serve's handle."""
 
     def __init__(self, base: BaseSettings, settings: ServingSettings) -> None:
+        from s2ft_ray.bases import load_base_model, load_tokenizer
+        from s2ft_ray.method import base_fingerprint
+        from s2ft_ray.serving.adapter_reader import AdapterReader
+        from s2ft_ray.serving.canary import Canary
+        from s2ft_ray.serving.engine import Engine
+        from s2ft_ray.serving.generation import Generator
+        from s2ft_ray.serving.prompts import Limits
+
         self._base_id = base.model_id
-        self._tracking_uri = settings.tracking_uri
-        self._disk_bytes = settings.adapter_disk_bytes
-        self._base = base
-        self._folders: dict[AdapterKey, str] = {}
         self._templates: dict[str, str] = {}
         self._uses = Uses()
         model = load_base_model(base.model)
         if base.num_gpus:
             model.to("cuda")
-        self._dtype = model.dtype
         self._fingerprint = base_fingerprint(model)
-        tokenizer = load_tokenizer(base.model)
-        self._reference = canary.MergedReference(model)
+        self._load_tokenizer = partial(load_tokenizer, base.model)
+        tokenizer = self._load_tokenizer()
+        self._canary = Canary(model)
+        self._adapters = AdapterReader(
+            self._base_id, self._fingerprint, settings.tracking_uri, settings.adapter_disk_bytes
+        )
         self._engine = Engine(
             model,
             tokenizer,
-            self._load,
+            self._adapters.read,
             slot_bytes=base.adapter_slot_bytes,
             host_bytes=base.adapter_host_bytes,
             share_prefixes=base.share_prefixes,
         )
         self._engine.start()
         self._checking = asyncio.Lock()
-        self._placements = Placements(self._engine, self._base_id, self._remember, self._checking)
-        self._limits = Limits(
+        self._placements = Placements(
+            self._engine, self._base_id, self._adapters.remember, self._checking
+        )
+        limits = Limits(
             context_tokens=self._engine.max_tokens,
             output_tokens=settings.max_output_tokens,
             vocab_size=int(model.config.get_text_config().vocab_size),
         )
         self._metrics = TokenMetrics()
-        self._generator = Generator(self._engine, tokenizer, self._limits, self._metrics)
+        self._generator = Generator(self._engine, tokenizer, limits, self._metrics)
         self._loaded_at = time.time()
         self._tasks: list[asyncio.Task[None]] = []
 
@@ -88,7 +94,7 @@ class Replica:
         try:
             return await self._generator.whole(await self._prepare(served))
         except Exception as error:  # noqa: BLE001 - the request's edge: nothing but an answer leaves
-            return self._refusal(error, served)
+            return refusal(error, served)
 
     async def stream(self, served: ServedRequest) -> AsyncGenerator[str | ApiError]:
         """Answer a request in server-sent events; an ApiError is the last thing that comes."""
@@ -98,16 +104,16 @@ class Replica:
                 async for text in events:
                     yield text
         except Exception as error:  # noqa: BLE001 - as above
-            yield self._refusal(error, served)
+            yield refusal(error, served)
 
     async def check(self, route: Route) -> str | None:
         """Try an adapter before it takes traffic, and leave it loaded; return what is wrong."""
         key = route.adapter
         assert key is not None
         try:
-            self._remember(route)
+            self._adapters.remember(route)
             await self._template(route)
-            adapter = await asyncio.to_thread(self._load, key)
+            adapter = await asyncio.to_thread(self._adapters.read, key)
             await self._try(key, adapter)
         except ServingError:
             raise  # of the engine or its memory: no fault of the adapter
@@ -116,20 +122,19 @@ class Replica:
             return " ".join(str(error).split())
         return None
 
-    async def _try(self, key: AdapterKey, adapter: Adapter) -> None:
+    async def _try(self, key: AdapterKey, adapter: "Adapter") -> None:
         await self._placements.give_way(key)
-        prompt = canary.prompt_of(self._limits.vocab_size)
         async with self._checking:
             if self._engine.dedicated == key:  # it has proven itself here, and is in the weights
                 return
             check_undedicated(self._engine, key)
-            merged = await asyncio.to_thread(self._reference.logprobs, adapter, prompt)
-            served = await self._engine.score(prompt, key, 0)
-        canary.compare(served, merged, self._dtype)
+            merged = await asyncio.to_thread(self._canary.logprobs, adapter)
+            served = await self._engine.score(self._canary.prompt_ids, key, 0)
+        self._canary.compare(served, merged)
 
     async def release(self, key: AdapterKey) -> None:
         """Drop an adapter once no request uses it."""
-        self._folders.pop(key, None)
+        self._adapters.forget(key)
         self._engine.drop(key)
 
     async def adapters(self) -> list[dict[str, Any]]:
@@ -160,7 +165,7 @@ class Replica:
         self._engine.stop()
 
     async def _prepare(self, served: ServedRequest) -> ServedRequest:
-        self._remember(served.route)
+        self._adapters.remember(served.route)
         await self._placements.give_way(served.route.adapter)
         if served.route.adapter is not None:
             self._uses.count(served.route.adapter, time.time())
@@ -169,59 +174,13 @@ class Replica:
         template = await self._template(served.route)
         return replace(served, route=replace(served.route, chat_template=template))
 
-    def _remember(self, route: Route) -> None:
-        if route.adapter is not None and route.folder is not None:
-            self._folders[route.adapter] = route.folder
-
     async def _template(self, route: Route) -> str | None:
         """Return the Jinja text of the route's chat template, which may be a file's name."""
         wanted = route.chat_template
         if wanted is not None and wanted not in self._templates:
-            tokenizer = await asyncio.to_thread(load_tokenizer, self._base.model, wanted)
+            tokenizer = await asyncio.to_thread(self._load_tokenizer, wanted)
             self._templates[wanted] = str(tokenizer.chat_template)
         return None if wanted is None else self._templates[wanted]
-
-    def _load(self, key: AdapterKey) -> Adapter:
-        """Read an adapter and make sure that it is the one that was named."""
-        folder = self._folders.get(key)
-        if folder is None or not Path(folder, "adapter_config.json").is_file():
-            folder = str(resolve_adapter(str(key), self._tracking_uri).folder)
-        try:
-            adapter = self._read(key, folder)
-        except AdapterError:
-            if not forget_kept(Path(folder)):
-                raise
-            log.warning("%s: its copy in %s is damaged; it is fetched again", key, folder)
-            adapter = self._read(key, str(resolve_adapter(str(key), self._tracking_uri).folder))
-        trim_kept(self._disk_bytes)
-        return adapter
-
-    def _read(self, key: AdapterKey, folder: str) -> Adapter:
-        adapter = Adapter.load(folder)
-        if adapter.fingerprint != key.fingerprint:
-            raise AdapterError(
-                f"{key}: its files have fingerprint {adapter.fingerprint[:16]}, the registry says"
-                f" {key.fingerprint[:16]}"
-            )
-        if adapter.base.fingerprint != self._fingerprint:
-            raise AdapterError(
-                f"{key}: was trained on a base with fingerprint {adapter.base.fingerprint[:16]},"
-                f" {self._base_id} has {self._fingerprint[:16]}"
-            )
-        return adapter
-
-    def _refusal(self, error: Exception, served: ServedRequest) -> ApiError:
-        if isinstance(error, ApiError):
-            return error
-        model = served.identity.model
-        if isinstance(error, ConfigError):
-            return ApiError(400, " ".join(str(error).split()))
-        if isinstance(error, S2FTError | MemoryError):
-            log.warning("request %s: %s", served.request_id, error)
-            reason = " ".join(str(error).split()) or "it is out of memory"
-            return ApiError(503, f"The model `{model}` can't answer now: {reason}", retry_after_s=5)
-        log.exception("request %s failed", served.request_id)
-        return ApiError(500, f"The request failed inside the server; its id is {served.request_id}")
 
     async def _follow(self) -> None:
         """Keep what the catalog says: the watcher's own, asked as the ingress asks it."""
@@ -242,3 +201,18 @@ class Replica:
         while True:
             self._metrics.engine(self._engine.stats())
             await asyncio.sleep(_STATS_S)
+
+
+def refusal(error: Exception, served: ServedRequest) -> ApiError:
+    """Return what a request is answered that ended with `error`."""
+    if isinstance(error, ApiError):
+        return error
+    model = served.identity.model
+    if isinstance(error, ConfigError):
+        return ApiError(400, " ".join(str(error).split()))
+    if isinstance(error, S2FTError | MemoryError):
+        log.warning("request %s: %s", served.request_id, error)
+        reason = " ".join(str(error).split()) or "it is out of memory"
+        return ApiError(503, f"The model `{model}` can't answer now: {reason}", retry_after_s=5)
+    log.exception("request %s failed", served.request_id)
+    return ApiError(500, f"The request failed inside the server; its id is {served.request_id}")

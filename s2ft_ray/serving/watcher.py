@@ -62,7 +62,7 @@ class Base(Protocol):
         """Drop an adapter once no request uses it."""
 
 
-class RejectedError(Exception):
+class RejectedError(AdapterError):
     """A version that takes no traffic, and why."""
 
 
@@ -109,7 +109,7 @@ class Watcher:
     async def find(self, ref: ModelRef) -> Route:
         """Return the route to one version, checked.
 
-        Raises RejectedError, AdapterError or JobError.
+        Raises AdapterError (RejectedError where it failed its checks) or JobError.
         """
         assert ref.version is not None
         known = self._pinned.get((ref.name, ref.version))
@@ -175,7 +175,7 @@ class Watcher:
                 continue
             try:
                 live[alias] = await self._accept(model.name, version)
-            except (RejectedError, AdapterError, ConfigError) as error:
+            except (AdapterError, ConfigError) as error:
                 rejected[alias] = f"version {version}: {error}"
                 last_good = known or await self._last_good(model, alias)
                 if last_good is not None:
@@ -201,7 +201,7 @@ class Watcher:
             return None
         try:
             return await self._accept(model.name, version)
-        except (RejectedError, AdapterError, ConfigError, JobError):
+        except (AdapterError, ConfigError, JobError):
             return None
 
     async def _accept(self, name: str, version: int) -> Route:

@@ -98,6 +98,19 @@ class Merged:
         return self._answer(adapter, ids, num_tokens)
 
     @torch.inference_mode()
+    def score(self, adapter: Adapter, text: str, end: str) -> float:
+        """Return the logprob of `end` after `text`, whose tokens are those of the whole."""
+        ids = self.tokenizer(text + end, return_tensors="pt")["input_ids"]
+        first = len(self.tokenizer(text)["input_ids"])
+        adapter.switch_into(self.model)
+        try:
+            logprobs = self.model(ids).logits.float().log_softmax(-1)
+        finally:
+            adapter.switch_out(self.model)
+        own = logprobs[0, first - 1 : -1].gather(-1, ids[0, first:, None])
+        return float(own.sum())
+
+    @torch.inference_mode()
     def chat(self, adapter: Adapter | None, text: str, num_tokens: int) -> str:
         """Return the greedy answer to one user's turn."""
         turns = [{"role": "user", "content": text}]

@@ -12,6 +12,7 @@ from typing import Any
 
 import hypothesis
 import jsonschema
+import lm_eval_parts
 import openai
 import pytest
 import schemathesis
@@ -19,6 +20,8 @@ from mlflow import MlflowClient
 from nodes import BIN, Node
 from served_node import OTHER, PROMPTS, TOKENS, Load, Service, start_service
 from serving_parts import BASE, Merged, make_adapter, register
+
+from s2ft_ray.bases.folders import EMBEDDED
 
 
 @pytest.fixture(scope="module")
@@ -187,6 +190,42 @@ def test_a_promotion_under_load_fails_no_request_and_mixes_no_versions(service: 
     assert load.broken == []
     load.check("initech.swapped:1", "initech.swapped:2")
     assert len({fingerprint for _, fingerprint, _ in load.answers}) == 2
+
+
+@pytest.mark.long
+def test_lm_eval_gets_the_merged_models_scores_and_answers(
+    service: Service, tmp_path: Path
+) -> None:
+    folder, key = tmp_path / "tasks", service.keys["initech"]
+    lm_eval_parts.write_tasks(folder, PROMPTS, TOKENS)
+    model = {"model": "initech.served", "base_url": f"{service.url}/v1/completions"}
+    tokenizer = {
+        "tokenizer_backend": "huggingface",
+        "tokenizer": str(EMBEDDED[BASE]),
+        "add_bos_token": "True",
+    }
+    completed = lm_eval_parts.run(
+        folder,
+        key,
+        "local-completions",
+        {**model, **tokenizer},
+        ["continue", "choose"],
+        "--batch_size=4",
+    )
+    model["base_url"] = f"{service.url}/v1/chat/completions"
+    chatted = lm_eval_parts.run(
+        folder, key, "local-chat-completions", model, ["continue"], "--apply_chat_template"
+    )
+    adapter = service.adapters["initech.served:1"]
+    stop = lm_eval_parts.STOP
+    for row, prompt in enumerate(PROMPTS):
+        text = service.expected("initech.served:1", prompt)
+        assert completed["continue"][row]["resps"] == [[text.split(stop)[0]]]
+        text = service.merged.chat(adapter, prompt, TOKENS)
+        assert chatted["continue"][row]["resps"] == [[text.split(stop)[0]]]
+        scores = [float(answers[0][0]) for answers in completed["choose"][row]["resps"]]
+        wanted = [service.merged.score(adapter, prompt, end) for end in lm_eval_parts.CHOICES]
+        assert scores == pytest.approx(wanted, abs=1e-3)
 
 
 def test_a_version_that_fails_its_check_takes_no_traffic(service: Service) -> None:

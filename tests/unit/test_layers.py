@@ -84,6 +84,9 @@ def test_method_needs_torch_and_safetensors_alone() -> None:
         ("s2ft_ray.method", ("ray", "mlflow", "transformers", "datasets")),
         ("s2ft_ray.config", ("torch", "ray", "mlflow", "transformers", "datasets")),
         ("s2ft_ray", ("torch", "ray", "mlflow", "transformers", "datasets")),
+        ("s2ft_ray.bases", ("torch", "ray", "mlflow", "transformers", "datasets")),
+        ("s2ft_ray.registry", ("torch", "ray", "mlflow", "transformers", "datasets")),
+        ("s2ft_ray.serving.deployment", ("torch", "mlflow", "transformers", "datasets")),
         ("s2ft_ray.cli", ("torch", "ray", "mlflow", "transformers", "datasets")),
     ],
 )

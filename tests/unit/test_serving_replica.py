@@ -9,32 +9,24 @@ from serving_worlds import adapters
 from s2ft_ray.errors import AdapterError, ConfigError, ServingError
 from s2ft_ray.registry import ResolvedAdapter
 from s2ft_ray.registry.kept import kept_folder
-from s2ft_ray.serving import replica as serving_replica
+from s2ft_ray.serving import adapter_reader
+from s2ft_ray.serving.adapter_reader import AdapterReader
 from s2ft_ray.serving.bodies import Identity
-from s2ft_ray.serving.replica import Replica
+from s2ft_ray.serving.replica import refusal
 from s2ft_ray.serving.routes import Route, ServedRequest
 from s2ft_ray.serving.schemas import CompletionRequest
 
 KEY, ADAPTER = next(iter(adapters().items()))
 
 
-class Files(Replica):
-    """A replica without its model: what reads adapters needs none."""
-
-    def __del__(self) -> None:  # type: ignore[override]
-        """End nothing."""
-
-
 @pytest.fixture
-def replica(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Replica:
+def reader(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> AdapterReader:
     monkeypatch.setenv("S2FT_HOME", str(tmp_path / "home"))
-    replica = Files.__new__(Files)
-    replica._base_id = "s2ft://tiny"
-    replica._fingerprint = ADAPTER.base.fingerprint
-    replica._tracking_uri = None
-    replica._disk_bytes = 2**30
-    replica._folders = {}
-    return replica
+    return AdapterReader("s2ft://tiny", ADAPTER.base.fingerprint, None, 2**30)
+
+
+def route_to(folder: Path) -> Route:
+    return Route("s2ft://tiny", KEY.fingerprint, adapter=KEY, folder=str(folder))
 
 
 def damage(folder: Path) -> None:
@@ -43,7 +35,7 @@ def damage(folder: Path) -> None:
 
 
 def test_a_damaged_copy_is_fetched_again(
-    replica: Replica, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    reader: AdapterReader, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     original, kept = tmp_path / "original", kept_folder(KEY.name, KEY.version, KEY.fingerprint)
     ADAPTER.save(original)
@@ -53,19 +45,19 @@ def test_a_damaged_copy_is_fetched_again(
             shutil.copytree(original, kept)
         return ResolvedAdapter(KEY.name, 1, None, KEY.fingerprint, kept, {})
 
-    monkeypatch.setattr(serving_replica, "resolve_adapter", resolve)
-    assert replica._load(KEY).fingerprint == KEY.fingerprint
+    monkeypatch.setattr(adapter_reader, "resolve_adapter", resolve)
+    assert reader.read(KEY).fingerprint == KEY.fingerprint
     damage(kept)
-    replica._folders[KEY] = str(kept)
-    assert replica._load(KEY).fingerprint == KEY.fingerprint
+    reader.remember(route_to(kept))
+    assert reader.read(KEY).fingerprint == KEY.fingerprint
 
 
-def test_a_damaged_original_is_told_and_left_alone(replica: Replica, tmp_path: Path) -> None:
+def test_a_damaged_original_is_told_and_left_alone(reader: AdapterReader, tmp_path: Path) -> None:
     ADAPTER.save(tmp_path / "original")
     damage(tmp_path / "original")
-    replica._folders[KEY] = str(tmp_path / "original")
+    reader.remember(route_to(tmp_path / "original"))
     with pytest.raises(AdapterError, match=r"adapter_model\.safetensors"):
-        replica._load(KEY)
+        reader.read(KEY)
     assert (tmp_path / "original" / "adapter_config.json").exists()
 
 
@@ -80,12 +72,10 @@ def test_a_damaged_original_is_told_and_left_alone(replica: Replica, tmp_path: P
     ],
     ids=lambda value: type(value).__name__,
 )
-def test_what_went_wrong_is_told_by_kind(
-    replica: Replica, error: Exception, status: int, told: str
-) -> None:
+def test_what_went_wrong_is_told_by_kind(error: Exception, status: int, told: str) -> None:
     request = CompletionRequest(model="acme.bot", prompt="x")
     served = ServedRequest(request, Route("b", "f"), Identity("i", 0, "acme.bot", "f"), "r-1", "a")
-    refused = replica._refusal(error, served)
+    refused = refusal(error, served)
     assert refused.status == status
     assert told in refused.message
     assert "secret" not in refused.message

@@ -17,7 +17,7 @@ from s2ft_ray.errors import AdapterError, JobError
 from s2ft_ray.method import Adapter, base_fingerprint, convert, extract_adapter, slice_layers
 from s2ft_ray.registry import AliasedModel, ModelRef, ResolvedAdapter
 from s2ft_ray.serving import watcher as watching
-from s2ft_ray.serving.canary import MergedReference, compare, prompt_of
+from s2ft_ray.serving.canary import Canary
 from s2ft_ray.serving.requests import AdapterKey, PromptLogprob
 from s2ft_ray.serving.routes import Route
 from s2ft_ray.serving.watcher import RejectedError, Watcher
@@ -339,22 +339,22 @@ def test_the_canarys_reference_is_the_merged_model_and_leaves_the_base_alone() -
     torch.manual_seed(0)
     adapter, model = make_adapter(1), build_model()
     before = base_fingerprint(model)
-    reference = MergedReference(model)
-    prompt = prompt_of(model.config.vocab_size)
-    told = reference.logprobs(adapter, prompt)
+    canary = Canary(model)
+    told = canary.logprobs(adapter)
     assert base_fingerprint(model) == before
-    assert reference.logprobs(make_adapter(2), prompt) != told
+    assert canary.logprobs(make_adapter(2)) != told
     adapter.switch_into(model)
-    ids = torch.tensor([prompt])
+    ids = torch.tensor([canary.prompt_ids])
     logits = model(input_ids=ids).logits[0, :-1].log_softmax(-1)
     wanted = logits.gather(1, ids[0, 1:, None])[:, 0].tolist()
     assert told == pytest.approx(wanted, abs=1e-5)
 
 
 def test_a_canary_that_is_off_is_told() -> None:
+    canary = Canary(build_model())
     served = [PromptLogprob(1, None), PromptLogprob(2, -1.0), PromptLogprob(3, -2.0)]
-    compare(served, [-1.001, -2.0], torch.float32)
+    canary.compare(served, [-1.001, -2.0])
     with pytest.raises(AdapterError, match=r"token 2 has logprob -2\.0"):
-        compare(served, [-1.0, -2.1], torch.float32)
+        canary.compare(served, [-1.0, -2.1])
     with pytest.raises(AdapterError, match="canary"):
-        compare([PromptLogprob(1, None), PromptLogprob(2, float("nan"))], [-1.0], torch.float32)
+        canary.compare([PromptLogprob(1, None), PromptLogprob(2, float("nan"))], [-1.0])
