@@ -24,8 +24,9 @@ check: setup
 test: setup
 	$(BIN)/python -m pytest -n 2
 
-# Minutes each: a queue of real jobs that are disturbed, a run whose nodes are taken away.
+# Minutes each: a queue of real jobs that are disturbed, a run whose nodes are taken away, lm_eval.
 test-long: setup
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[long]'
 	$(BIN)/python -m pytest -m long
 
 clean:

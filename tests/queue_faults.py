@@ -11,6 +11,7 @@ import signal
 import sqlite3
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -33,9 +34,15 @@ class SecondNode:
     def __init__(self, node: Node, num_cpus: int) -> None:
         self._node, self._num_cpus = node, num_cpus
         self._process: subprocess.Popen[bytes] | None = None
+        self._changing = threading.Lock()
 
-    def start(self) -> None:
-        """Join the cluster, and wait for it."""
+    def replace(self) -> None:
+        """End what is left of it, and let another one join the cluster; wait for it."""
+        with self._changing:
+            self.end()
+            self._start()
+
+    def _start(self) -> None:
         env = self._node.env
         program = Path(__file__).parent / "integration" / "second_raylet.py"
         command = [sys.executable, str(program), env["RAY_ADDRESS"], str(self._num_cpus)]
@@ -135,8 +142,7 @@ class Faults:
         for raylet in raylets:
             _kill(raylet)
         time.sleep(self._rng.uniform(5.0, 20.0))
-        self._second.end()
-        self._second.start()
+        self._second.replace()
         return f"killed {[it.pid for it in raylets]}, and another node came"
 
     def _cut_database(self) -> str:
@@ -187,11 +193,9 @@ class Faults:
         head = [it for it in psutil.Process(pid).children() if _is_a(it, "gcs_server", "raylet")]
         for process in [*head, psutil.Process(pid)]:
             _kill(process)
-        if self._second:
-            self._second.end()
         done = self._node.s2ft("up")
         if self._second:
-            self._second.start()
+            self._second.replace()
         return f"killed {len(head) + 1} processes; s2ft up: {done.returncode} {done.stderr[-300:]}"
 
 

@@ -183,8 +183,8 @@ def _own_node(
         assert started.returncode == 0, started.stderr
         stack.callback(node.s2ft, "down")
         second = SecondNode(node, num_cpus=2)
-        second.start()
         stack.callback(second.end)
+        second.replace()
         yield node, second, way
 
 

@@ -23,7 +23,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent / "integration"))
 from nodes import Node
-from served_node import PROMPTS, Load, Service, start_service
+from served_node import PARTS, PROMPTS, Load, Service, start_service
 
 FAULTS = ("replica", "proxy", "controller", "watcher", "registry", "promotion", "departures")
 ASKED = (
@@ -123,7 +123,7 @@ class Chaos:
 
     def _kill(self, part: str) -> None:
         # it may just be coming back from the last round
-        self.service.wait_until(lambda: bool(self.service.processes_of(part)), 60)
+        self.service.wait_until(lambda: bool(self.service.processes(PARTS[part])), 60)
         self.service.kill(part)
 
     def _registry(self) -> None:

@@ -4,7 +4,7 @@
                  metrics and exposition
     boundary, access, limits, api, service      a request from the socket to a replica
     schemas, prompts, generation, answers, detokenizer, stops, bodies      from text to text
-    watcher, catalog, canary, routes            from the registry to traffic
+    watcher, catalog, adapter_reader, canary, routes      from the registry to traffic
     requests, engine, ...                       tokens: the engine
 
 Invariant: nothing is answered by another model version than the one that was named.

@@ -33,6 +33,7 @@ PARTS = {
     "a base's replica": "ServeReplica:s2ft:Base-s2ft",
     "the watcher": "ServeReplica:s2ft:Watcher",
     "the controller": "ServeController",
+    "the proxy": "ProxyActor",
 }
 """What Serve runs, by how its processes are titled."""
 

@@ -264,6 +264,16 @@ def test_a_killed_replica_costs_no_answer_that_had_not_begun(service: Service) -
         assert text
 
 
+def test_a_killed_proxy_comes_back_and_nothing_wrong_went_out(service: Service) -> None:
+    with Load(service, [("initech", "initech.served"), ("globex", "globex.served")]) as load:
+        load.wait_for_more(10)
+        service.kill("the proxy")
+        service.wait_until(lambda: bool(load.broken))
+        load.wait_for_more(20)
+    load.check("initech.served:1", "globex.served:1")
+    load.check_broken("initech.served:1", "globex.served:1")
+
+
 def test_what_serves_outlives_its_controller_its_watcher_and_the_registry(service: Service) -> None:
     asked = [("initech", "initech.served"), ("globex", "globex.served")]
     with Load(service, asked) as load:
