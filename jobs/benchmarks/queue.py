@@ -20,8 +20,10 @@ from benchmarks.machine import describe_machine, load_warning
 from benchmarks.queue_measures import (
     Fairness,
     Floats,
+    LateJob,
     hourly_utilisation,
     ideal_delays,
+    late_jobs,
     measure_fairness,
     used_while_wanted,
     utilisation,
@@ -81,7 +83,7 @@ def simulate(trace: Trace, figure: str | None) -> dict[str, Any]:
         f" {trace.duration_s / 86400:g} days on {trace.num_workers} workers: demand"
         f" {work_s / trace.num_workers / trace.duration_s:.2f}, largest job"
         f" {max(job.work_s for job in trace.jobs) / trace.num_workers / 86400:.1%} of a day's"
-        f" capacity, longest {_longest_s(trace) / HOUR:.1f} h",
+        f" capacity, longest {max(it.work_s / it.sizes[0] for it in trace.jobs) / HOUR:.1f} h",
         flush=True,
     )
     results = []
@@ -106,6 +108,8 @@ def simulate(trace: Trace, figure: str | None) -> dict[str, Any]:
     delays = ideal_delays(trace)
     slower = ideal_delays(trace, results[0].used_while_wanted)
     print("\n" + render_summary(trace, results, delays, slower))
+    if late := late_jobs(trace, results[0].record, results[0].fairness, delays):
+        print("\n" + render_late(late))
     print("\n" + render_waits(results))
     print("\n" + render_tenants(trace, results[0]), flush=True)
     if figure:
@@ -134,17 +138,6 @@ def _as_one_tenant(with_priority: bool) -> Decide:
         return decide(replace(snapshot, jobs=jobs, tenants=[TenantView("all")]), now)
 
     return decide_for_one
-
-
-def _longest_s(trace: Trace) -> float:
-    return max(job.work_s / job.sizes[0] for job in trace.jobs)
-
-
-def _late_jobs(trace: Trace, record: Record, delays: dict[str, float]) -> tuple[int, float]:
-    """Count jobs that waited over twice the ideal plus the longest job; the worst of them, in s."""
-    longest_s = _longest_s(trace)
-    beyond = [job.waited_s - 2 * delays[name] - longest_s for name, job in record.jobs.items()]
-    return sum(it > 0 for it in beyond), max(beyond)
 
 
 def render_summary(
@@ -181,15 +174,11 @@ def render_summary(
         ),
         (
             "jobs over twice the ideal wait + longest (0)",
-            lambda it: "{}, worst by {:+.1f} h".format(
-                *_hours(_late_jobs(trace, it.record, delays))
-            ),
+            lambda it: _count(late_jobs(trace, it.record, it.fairness, delays)),
         ),
         (
             f"the same with {results[0].used_while_wanted:.1%} of the workers, as fair share used",
-            lambda it: "{}, worst by {:+.1f} h".format(
-                *_hours(_late_jobs(trace, it.record, slower))
-            ),
+            lambda it: _count(late_jobs(trace, it.record, it.fairness, slower)),
         ),
         ("preemptions", lambda it: f"{it.record.num_preemptions}"),
         ("resizes", lambda it: f"{it.record.num_resizes}"),
@@ -212,8 +201,23 @@ def _spread(off: Floats, *quantiles: float) -> str:
     return " / ".join(f"{value:.1%}" for value in values)
 
 
-def _hours(late: tuple[int, float]) -> tuple[int, float]:
-    return late[0], late[1] / HOUR
+def _count(late: list[LateJob]) -> str:
+    return f"{len(late)}, worst by {late[0].beyond_s / HOUR:.1f} h" if late else "0"
+
+
+def render_late(late: list[LateJob]) -> str:
+    """Return the jobs that waited too long, and what their tenants had got before."""
+    lines = [
+        "| late job of | submitted, day | waited h | ideal h | beyond h"
+        " | tenant's surplus of the day before, worker-h |",
+        "|---|--:|--:|--:|--:|--:|",
+    ]
+    for it in late:
+        lines.append(
+            f"| {it.job.tenant} | {it.job.submitted_at / 86400:.1f} | {it.waited_s / HOUR:.1f}"
+            f" | {it.ideal_s / HOUR:.1f} | {it.beyond_s / HOUR:.1f} | {it.surplus_h:+.0f} |"
+        )
+    return "\n".join(lines)
 
 
 def render_waits(results: list[Result]) -> str:
@@ -288,7 +292,7 @@ def render_service(measured: list[dict[str, float]]) -> str:
 
 def _to_json(trace: Trace, result: Result, delays: dict[str, float]) -> dict[str, Any]:
     record, fairness = result.record, result.fairness
-    late, worst_s = _late_jobs(trace, record, delays)
+    late = late_jobs(trace, record, fairness, delays)
     return {
         "utilisation": result.utilisation,
         "jain_mean": float(fairness.jain.mean()),
@@ -296,8 +300,8 @@ def _to_json(trace: Trace, result: Result, delays: dict[str, float]) -> dict[str
         "off_entitlement_worst": float(np.abs(fairness.off_entitlement).max()),
         "by_tenant": fairness.by_tenant,
         "used_while_wanted": result.used_while_wanted,
-        "late_jobs": late,
-        "latest_beyond_s": worst_s,
+        "late_jobs": len(late),
+        "latest_beyond_s": late[0].beyond_s if late else 0.0,
         "preemptions": record.num_preemptions,
         "resizes": record.num_resizes,
         "failures": record.num_failures,

@@ -13,9 +13,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from benchmarks.queue_simulation import STARTUP_S, Record
-from benchmarks.queue_trace import HOUR, Trace
+from benchmarks.queue_trace import HOUR, Trace, TraceJob
 
 Floats = NDArray[np.float64]
+_FIRST_DAY_H = 48
+"""The first sliding day ends here: on the first of all the cluster fills."""
 _Fluid = tuple[int, float, str, int]
 """A job in the ideal queue: negative priority, submitted at, id, workers."""
 
@@ -34,6 +36,21 @@ class Fairness:
     """Jain's index of got over entitled, of each day with two such tenants or more."""
     by_tenant: dict[str, tuple[int, float, float]]
     """Number of such days, mean of what it got and of what it was entitled to, worker-hours."""
+    surplus: Floats
+    """[hour, tenant]: got less entitled of the 24 hours before, worker-hours; of every tenant."""
+
+
+@dataclass(frozen=True)
+class LateJob:
+    """A job that waited over twice its ideal wait plus the longest job."""
+
+    job: TraceJob
+    waited_s: float
+    ideal_s: float
+    beyond_s: float
+    """How much over."""
+    surplus_h: float
+    """Worker-hours that its tenant got above its entitlement in the day before it came."""
 
 
 def water_fill(capacity: float, demands: Floats, weights: Floats) -> Floats:
@@ -94,6 +111,7 @@ def measure_fairness(trace: Trace, record: Record) -> Fairness:
         granularity=np.broadcast_to(largest, got.shape)[waited] / due[waited],
         jain=np.array(jain),
         by_tenant=by_tenant,
+        surplus=got - due,
     )
 
 
@@ -116,11 +134,15 @@ class Claims:
 
     def entitled(self, held: Floats, wanted: Floats) -> Floats:
         """Return the entitlements to the workers in use, where `wanted` more are asked for."""
-        demands = np.minimum(held + wanted, self.limits)
+        return self.shares(float(held.sum()), held + wanted)
+
+    def shares(self, num_workers: float, demands: Floats) -> Floats:
+        """Divide workers: the quota to whom it is more, to the others by weight what is left."""
+        demands = np.minimum(demands, self.limits)
         sure = np.minimum(self.quotas, demands)
         by_quota = np.zeros(len(sure), dtype=bool)
         while True:
-            rest = max(float(held.sum() - sure[by_quota].sum()), 0.0)
+            rest = max(num_workers - float(sure[by_quota].sum()), 0.0)
             shares = water_fill(rest, np.where(by_quota, 0.0, demands), self.weights)
             short = ~by_quota & (shares < sure - 1e-9)
             if not short.any():
@@ -169,14 +191,31 @@ def ideal_delays(trace: Trace, share: float = 1.0) -> dict[str, float]:
     return delays
 
 
+def late_jobs(
+    trace: Trace, record: Record, fairness: Fairness, delays: dict[str, float]
+) -> list[LateJob]:
+    """Return the jobs that waited over twice their ideal `delays` plus the longest job."""
+    longest_s = max(job.work_s / job.sizes[0] for job in trace.jobs)
+    places = {tenant.name: i for i, tenant in enumerate(trace.tenants)}
+    late = []
+    for name, simulated in record.jobs.items():
+        beyond_s = simulated.waited_s - 2 * delays[name] - longest_s
+        if beyond_s > 0:
+            job = simulated.spec
+            day = int(job.submitted_at // HOUR) - _FIRST_DAY_H
+            known = 0 <= day < len(fairness.surplus)
+            surplus = float(fairness.surplus[day, places[job.tenant]]) if known else float("nan")
+            late.append(LateJob(job, simulated.waited_s, delays[name], beyond_s, surplus))
+    return sorted(late, key=lambda it: -it.beyond_s)
+
+
 def _fluid_rates(
     lines: Sequence[list[_Fluid]], claims: Claims, num_workers: float
 ) -> dict[str, float]:
     """Return the workers of each job that runs: the tenants' shares, dealt out in line."""
     demands = np.array([float(sum(it[3] for it in line)) for line in lines])
-    shares = water_fill(num_workers, np.minimum(demands, claims.limits), claims.weights)
     rates = {}
-    for line, share in zip(lines, shares, strict=True):
+    for line, share in zip(lines, claims.shares(num_workers, demands), strict=True):
         rest = float(share)
         for _, _, job_id, workers in line:
             if rest <= 1e-9:
@@ -200,4 +239,4 @@ def _by_hour(trace: Trace, times: Sequence[float], values: Floats) -> Floats:
 def _days(hours: Floats) -> Floats:
     """Return sums over 24 hours, sliding by one, without the first day."""
     sums = np.concatenate([np.zeros((1, hours.shape[1])), np.cumsum(hours, axis=0)])
-    return np.asarray(sums[24:] - sums[:-24])[24:]
+    return np.asarray(sums[24:] - sums[:-24])[_FIRST_DAY_H - 24 :]

@@ -23,7 +23,7 @@ from concurrent.futures import Future
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, Self, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -40,6 +40,7 @@ from s2ft_ray.training.parallel import Workers
 
 logger = logging.getLogger(__name__)
 MANIFEST = "checkpoint.json"
+_Result = TypeVar("_Result")
 
 
 @dataclass
@@ -147,14 +148,11 @@ class Checkpointer:
 
         A damaged one is passed over with a warning that names it and what is wrong with it.
         """
-        chosen: list[Any] = [None]
         self._on_first_worker(self._remove_partial)
-        if self._workers.rank == 0:
-            chosen[0] = self._newest_sound()
-        dist.broadcast_object_list(chosen)
-        if chosen[0] is None:
+        chosen = self._on_first_worker(self._newest_sound)
+        if chosen is None:
             return 0
-        folder, manifest = chosen[0]
+        folder, manifest = chosen
         tensors = _tensors_of(state, self._workers)
         if manifest["world_size"] != self._workers.world_size:
             tensors.pop("rng")  # streams of other workers mean nothing to these
@@ -169,18 +167,11 @@ class Checkpointer:
     def restore_slices(self, state: TrainState, step: int) -> bool:
         """Load the slices of the checkpoint at `step` alone; return False where it isn't sound."""
         folder = self._folder / f"step-{step:08d}"
-        sound = [True]
-        if self._workers.rank == 0:
-            try:
-                _verify_files(folder)
-            except CheckpointError as error:
-                logger.warning("the best checkpoint can't be used: %s", error)
-                sound[0] = False
-        dist.broadcast_object_list(sound)
-        if sound[0]:
+        sound = self._on_first_worker(lambda: _is_sound(folder))
+        if sound:
             tensors = {"slices": _tensors_of(state, self._workers)["slices"]}
             self._load(folder, tensors)
-        return sound[0]
+        return sound
 
     def newest_step(self) -> int:
         """Return the step of the newest committed checkpoint, 0 where there is none."""
@@ -202,7 +193,10 @@ class Checkpointer:
             except CheckpointError as error:
                 logger.warning("checkpoint passed over: %s; trying the one before", error)
                 # Out of the way, so that pruning never keeps it in a sound one's place.
-                folder.rename(folder.with_name(f"damaged-{folder.name}"))
+                aside = folder.with_name(f"damaged-{folder.name}")
+                if aside.exists():  # the step was made again, and damaged again
+                    shutil.rmtree(aside)
+                folder.rename(aside)
         return None
 
     def _read_back(self, partial: Path, tensors: dict[str, Any]) -> None:
@@ -246,17 +240,19 @@ class Checkpointer:
             )
             raise CheckpointError(self._describe(folder, causes)) from error
 
-    def _on_first_worker(self, action: Callable[[], object]) -> None:
-        """Run `action` on rank 0; when it fails, every worker raises the same error."""
-        fault: list[str | None] = [None]
+    def _on_first_worker(self, action: Callable[[], _Result]) -> _Result:
+        """Return on every worker what `action` returns on rank 0; its failure is everybody's."""
+        told: list[Any] = [None, None]
         if self._workers.rank == 0:
             try:
-                action()
+                told[0] = action()
             except OSError as error:
-                fault[0] = self._describe(self._folder, error.strerror or str(error))
-        dist.broadcast_object_list(fault, group=self._group)
-        if fault[0] is not None:
-            raise CheckpointError(fault[0])
+                told[1] = self._describe(self._folder, error.strerror or str(error))
+        dist.broadcast_object_list(told, group=self._group)
+        if told[1] is not None:
+            raise CheckpointError(told[1])
+        result: _Result = told[0]
+        return result
 
     def _describe(self, folder: Path, cause: str) -> str:
         return (
@@ -338,9 +334,22 @@ def _verify_files(folder: Path) -> dict[str, Any]:
         path = folder / name
         if not path.is_file():
             raise CheckpointError(f"{path}: missing")
-        if _digest(path) != digest:
+        try:
+            found = _digest(path)
+        except OSError as error:
+            raise CheckpointError(f"{path}: unreadable ({error})") from error
+        if found != digest:
             raise CheckpointError(f"{path}: damaged, its sha256 is not the one recorded")
     return manifest
+
+
+def _is_sound(folder: Path) -> bool:
+    try:
+        _verify_files(folder)
+    except CheckpointError as error:
+        logger.warning("the best checkpoint can't be used: %s", error)
+        return False
+    return True
 
 
 def _digest(path: Path) -> str:

@@ -32,7 +32,7 @@ def resolve_layout(
     group = math.gcd(parallel.shard_group or node_group, num_workers)
     if parallel.sharding != "auto":
         layout = Layout.of(parallel.sharding, num_workers, group)
-        return layout, f"as configured{_describe_group(layout)}"
+        return layout, f"as configured{describe_group(layout)}"
     modes: list[Sharding] = ["replicate", "full"]
     if 1 < group < num_workers:
         modes.insert(1, "hybrid")
@@ -44,12 +44,13 @@ def resolve_layout(
         if needs <= room or mode == "full":
             fits = "fits" if needs <= room else "is the smallest, though it may not fit"
             return layout, (
-                f"about {needs / MIB:,.0f} MiB a worker{_describe_group(layout)} {fits} into"
+                f"about {needs / MIB:,.0f} MiB a worker{describe_group(layout)} {fits} into"
                 f" {MAX_SHARE:.0%} of the {free_bytes / MIB:,.0f} MiB free{''.join(refused)}"
             )
         refused.append(f"; {mode} would take {needs / MIB:,.0f}")
     raise AssertionError("full is always taken")
 
 
-def _describe_group(layout: Layout) -> str:
+def describe_group(layout: Layout) -> str:
+    """Return how many workers hold a copy of the base, where the layout leaves that open."""
     return f" in groups of {layout.group}" if layout.sharding == "hybrid" else ""

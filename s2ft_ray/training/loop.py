@@ -105,6 +105,7 @@ def train_step(
     optimizer.step()
     mark.remove()
     clock.lap("write_back")
+    phases = clock.seconds()  # waits for what a GPU still does of the step
     return StepResult(
         step=number + 1,
         loss=loss_sum_all / step.normalizer,
@@ -115,7 +116,7 @@ def train_step(
         num_targets=step.num_targets,
         seconds=time.perf_counter() - started,
         is_stop_requested=stops > 0,
-        phases=clock.seconds(),
+        phases=phases,
     )
 
 

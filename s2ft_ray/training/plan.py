@@ -4,6 +4,7 @@ Invariant: a plan exists only for a run whose base, architecture, selection, dat
 all found and fit each other; its configuration names them so that any process finds them.
 """
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,6 +23,7 @@ from s2ft_ray.data import (
 from s2ft_ray.errors import ConfigError, S2FTError
 from s2ft_ray.method import check_packing, check_supported, count_trainable
 from s2ft_ray.registry import Parent, resolve_parent
+from s2ft_ray.training.layout import describe_group
 from s2ft_ray.training.memory import (
     BaseSize,
     MemoryEstimate,
@@ -106,7 +108,8 @@ def _describe_memory(cost: Cost) -> str:
     gathered = f" and {memory.gathered / MIB:,.1f} gathered" if memory.gathered else ""
     return (
         f"memory      about {memory.total / MIB:,.0f} MiB on each of {cost.layout.num_workers}"
-        f" worker(s) in {cost.layout.sharding}: base {memory.base / MIB:,.1f}{gathered},"
+        f" worker(s) in {cost.layout.sharding}{describe_group(cost.layout)}:"
+        f" base {memory.base / MIB:,.1f}{gathered},"
         f" slices and optimizer {memory.slices / MIB:,.1f},"
         f" activations {memory.activations / MIB:,.1f}"
     )
@@ -220,7 +223,9 @@ def _estimate_costs(
     modes: list[Sharding] = (
         ["replicate", "full"] if parallel.sharding == "auto" else [parallel.sharding]
     )
-    layouts = [Layout.of(mode, num_workers, parallel.shard_group or num_workers) for mode in modes]
+    # Where the workers will stand isn't known here: without shard_group they are one node's.
+    group = math.gcd(parallel.shard_group or num_workers, num_workers)
+    layouts = [Layout.of(mode, num_workers, group) for mode in modes]
     return [
         Cost(
             layout,

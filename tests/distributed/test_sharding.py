@@ -1,5 +1,6 @@
 """Every layout of the weights: the same losses, and what each holds and moves, as estimated."""
 
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ from gloo import GlooPool
 
 from s2ft_ray.bases import load_model_config
 from s2ft_ray.method import Adapter
-from s2ft_ray.training import worker
+from s2ft_ray.training import parallel, worker
 from s2ft_ray.training.memory import (
     estimate_checkpoint,
     estimate_memory,
@@ -98,6 +99,36 @@ def measure(path: Path) -> dict[str, int]:
     finally:
         worker.train_step = real
     return seen
+
+
+def test_hybrid_takes_the_workers_of_a_node_as_a_group_and_tells(
+    four: GlooPool, tmp_path: Path, base: Path
+) -> None:
+    run = runs.make_run(tmp_path, base, parallel={"num_workers": 4, "sharding": "hybrid"})
+    told, *others = four.run(train_on_nodes_of_two, run.path)
+    assert "the base is in hybrid on 4 workers: as configured in groups of 2" in told
+    assert "3 of 3 layers are laid out" in told
+    assert others == [[], [], []]
+
+
+def train_on_nodes_of_two(path: Path) -> list[str]:
+    """Train as if two of the four workers stood on each node; return what the log says."""
+    told: list[str] = []
+    handler = logging.Handler()
+    handler.emit = lambda record: told.append(record.getMessage())  # type: ignore[method-assign]
+    logger = logging.getLogger("s2ft_ray.training")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("LOCAL_WORLD_SIZE", "2")
+        patch.setattr(parallel, "PROGRESS_S", 0.0)
+        level = logger.level
+        logger.setLevel(logging.INFO)
+        logger.addHandler(handler)
+        try:
+            runs.train(path)
+        finally:
+            logger.removeHandler(handler)
+            logger.setLevel(level)
+    return [text for text in told if "the base is in" in text or "laid out" in text]
 
 
 def local_bytes(tensor: torch.Tensor) -> int:

@@ -213,19 +213,25 @@ def test_a_run_resumes_on_another_world_size(
         assert largest_difference(run, whole) < 1e-5
 
 
-@pytest.mark.parametrize("damage", ["truncate", "delete", "manifest"])
+def interrupted_run(two: GlooPool, folder: Path, base: Path, **sections: Any) -> RunFolder:
+    """Make a run with checkpoints of steps 2 and 4 that was interrupted in step 5."""
+    checkpoints = {"every_steps": 2, "storage_path": str(folder / "runs")}
+    run = runs.make_run(
+        folder, base, parallel={"num_workers": 2}, checkpoint=checkpoints, **sections
+    )
+    two.run(train_until, run.path, 5)
+    return run
+
+
+@pytest.mark.parametrize("damage", ["truncate", "delete", "manifest", "once more"])
 def test_a_damaged_checkpoint_is_passed_over(
     two: GlooPool, tmp_path: Path, base: Path, damage: str
 ) -> None:
     whole = train_in(two, tmp_path / "whole", base)
-    run = runs.make_run(
-        tmp_path / "cut",
-        base,
-        parallel={"num_workers": 2},
-        checkpoint={"every_steps": 2, "storage_path": str(tmp_path / "cut" / "runs")},
-    )
-    two.run(train_until, run.path, 5)
+    run = interrupted_run(two, tmp_path / "cut", base)
     newest = run.checkpoints / "step-00000004"
+    if damage == "once more":
+        (run.checkpoints / "damaged-step-00000004").mkdir()
     shard = next(newest.glob("*.distcp"))
     if damage == "truncate":
         shard.write_bytes(shard.read_bytes()[:-7])
@@ -237,6 +243,47 @@ def test_a_damaged_checkpoint_is_passed_over(
     assert [line["step"] for line in runs.read_metrics(run, "start")] == [0, 2]
     assert fingerprint(run) == fingerprint(whole)
     assert (run.checkpoints / "damaged-step-00000004").is_dir()
+
+
+def test_a_fault_of_the_first_worker_alone_is_raised_on_all(
+    two: GlooPool, tmp_path: Path, base: Path
+) -> None:
+    run = interrupted_run(two, tmp_path, base)
+    (run.checkpoints / "step-00000004" / checkpoint.MANIFEST).write_text("{")
+    in_its_way = run.checkpoints / "damaged-step-00000004"
+    in_its_way.write_text("no folder")
+    with pytest.raises(CheckpointError, match="Not a directory"):
+        two.run(runs.train, run.path)  # a worker that waits for the first one runs into a timeout
+    in_its_way.unlink()
+    two.run(runs.train, run.path)
+    assert fingerprint(run) == fingerprint(train_in(two, tmp_path / "whole", base))
+
+
+def test_weighted_files_through_a_shuffle_buffer_go_on_where_they_were(
+    two: GlooPool, tmp_path: Path, base: Path
+) -> None:
+    folder = tmp_path / "rows"
+    folder.mkdir()
+    files = [
+        {"path": str(runs.write_rows(folder / "few.jsonl", 20)), "weight": 2},
+        {"path": str(runs.write_rows(folder / "many.jsonl", 60)), "weight": 0.5},
+    ]
+    buffered = {"train": files, "shuffle_buffer": 8}
+    whole = train_in(two, tmp_path / "whole", base, data=buffered)
+    run = interrupted_run(two, tmp_path / "cut", base, data=buffered)
+    two.run(runs.train, run.path)
+    assert [line["step"] for line in runs.read_metrics(run, "start")] == [0, 4]
+    assert fingerprint(run) == fingerprint(whole)
+    others = [
+        train_in(two, tmp_path / "unbuffered", base, data={"train": files}),
+        train_in(
+            two,
+            tmp_path / "unweighted",
+            base,
+            data={**buffered, "train": [{**file, "weight": 1} for file in files]},
+        ),
+    ]
+    assert fingerprint(whole) not in [fingerprint(other) for other in others]
 
 
 def test_what_a_killed_worker_had_half_written_is_removed(

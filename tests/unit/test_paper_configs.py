@@ -11,6 +11,7 @@ from s2ft_ray.method import check_supported, count_trainable
 
 REPO = Path(__file__).parents[2]
 CONFIGS = sorted((REPO / "jobs" / "configs" / "paper").glob("*.yaml"))
+SMALL = sorted((REPO / "jobs" / "configs").glob("*.yaml"))
 LR = {"commonsense": 2e-4, "arithmetic": 1e-3, "instruction": 2e-5}
 # Shapes as the models' config.json has them, and their parameters.
 SHAPES: dict[str, tuple[PretrainedConfig, int]] = {
@@ -72,3 +73,14 @@ def test_training_prompt_is_the_prompt_that_is_scored(monkeypatch: pytest.Monkey
     tokenizer.chat_template = (REPO / config.data.chat_template).read_text()
     row = {"instruction": "What is 1 + 1?", "input": "", "output": "2"}
     assert encode_prompt(row, tokenizer) == scored
+
+
+@pytest.mark.parametrize(
+    "path", sorted((REPO / "jobs" / "configs").glob("*.yaml")), ids=lambda path: path.stem
+)
+def test_the_small_runs_are_valid_and_their_data_is_there(path: Path) -> None:
+    config = load_config(path)
+    files = [config.data.train] if isinstance(config.data.train, str) else config.data.train
+    names = [it if isinstance(it, str) else it.path for it in [*files, config.data.eval] if it]
+    assert names
+    assert all((REPO / name).is_file() for name in names)

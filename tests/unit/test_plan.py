@@ -121,8 +121,25 @@ def test_a_70b_run_is_planned_on_paper(tmp_path: Path, monkeypatch: pytest.Monke
     slices = 4 * plan.num_trainable
     assert cost.traffic.gathered == pytest.approx(2 * (141.1e9 + slices) * 7 / 8, rel=0.01)
     text = plan.describe()
-    assert "MiB on each of 16 worker(s) in hybrid" in text
+    assert "MiB on each of 16 worker(s) in hybrid in groups of 8:" in text
     assert f"checkpoint  {12 * plan.num_trainable / 2**20:,.1f} MiB" in text
+
+
+def test_an_elastic_hybrid_run_is_planned_at_its_smallest_size(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("S2FT_HOME", str(tmp_path))
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text((json.dumps({"prompt": "Number 1 is", "completion": " odd"}) + "\n") * 40)
+    document = {
+        "tenant": "acme",
+        "name": "elastic",
+        "data": {"train": str(rows)},
+        "parallel": {"num_workers": [1, 4], "sharding": "hybrid", "shard_group": 4},
+    }
+    (cost,) = plan_run(parse_config(document)).costs
+    assert cost.layout == Layout("hybrid", 1, 1)
+    assert cost.traffic.total == 0
 
 
 def test_packing_is_told_with_how_full_the_sequences_are(
