@@ -15,6 +15,7 @@ from mlflow.entities.model_registry import ModelVersion, RegisteredModel
 from mlflow.exceptions import MlflowException
 from mlflow.models import Model
 from mlflow.pyfunc import DATA, FLAVOR_NAME
+from yaml import YAMLError
 
 from s2ft_ray.errors import AdapterError, ConfigError
 from s2ft_ray.registry.connection import (
@@ -86,13 +87,18 @@ def resolve_adapter(ref: str, tracking_uri: str | None = None) -> ResolvedAdapte
     with reaching(uri, f"{ref}: can't be looked up"):
         client = connect(uri)
         version = find_version(client, parsed)
+        fingerprint = version.tags.get("fingerprint")
+        if fingerprint is None:
+            raise AdapterError(
+                f"{parsed.name}:{version.version} has no fingerprint tag: it wasn't registered here"
+            )
         folder = adapter_folder(client, version)
     alias = parsed.alias or (None if parsed.version else DEFAULT_ALIAS)
     return ResolvedAdapter(
         name=parsed.name,
         version=int(version.version),
         alias=alias,
-        fingerprint=version.tags["fingerprint"],
+        fingerprint=fingerprint,
         folder=folder,
         tags=dict(version.tags),
     )
@@ -142,8 +148,12 @@ def _is_disk_full(error: BaseException | None) -> bool:
 
 
 def _data_folder(model: Path) -> Path:
-    flavor = Model.load(str(model)).flavors[FLAVOR_NAME]
-    return model.joinpath(flavor[DATA])
+    try:
+        return model.joinpath(Model.load(str(model)).flavors[FLAVOR_NAME][DATA])
+    except (MlflowException, OSError, YAMLError, KeyError, TypeError, ValueError) as error:
+        raise AdapterError(
+            f"{model}: its MLmodel doesn't describe an adapter: {type(error).__name__}: {error}"
+        ) from error
 
 
 def find_version(client: MlflowClient, ref: ModelRef) -> ModelVersion:

@@ -3,10 +3,13 @@
 import asyncio
 from collections import OrderedDict
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 
-from s2ft_ray.errors import AdapterError
+from s2ft_ray.errors import AdapterError, S2FTError, ServingError
 from s2ft_ray.method import Adapter
 from s2ft_ray.serving.requests import AdapterKey
+
+_LOADS_AT_ONCE = 4
 
 
 class AdapterStore:
@@ -22,13 +25,16 @@ class AdapterStore:
         self._size_bytes = size_bytes
         self._kept: OrderedDict[AdapterKey, Adapter] = OrderedDict()
         self._coming: dict[AdapterKey, asyncio.Task[Adapter]] = {}
+        # threads of their own: loads that hang keep nobody from an adapter that is here already
+        self._threads = ThreadPoolExecutor(_LOADS_AT_ONCE, thread_name_prefix="adapter-load")
         self.num_loads = 0
         self.used_bytes = 0
 
     async def get(self, key: AdapterKey) -> Adapter:
         """Return an adapter, loading it if need be.
 
-        Raises AdapterError where what was loaded is another adapter, or of another base.
+        Raises AdapterError where what was loaded is another adapter, or of another base,
+        ServingError where there is no memory for it.
         """
         if kept := self._kept.get(key):
             self._kept.move_to_end(key)
@@ -53,7 +59,14 @@ class AdapterStore:
     async def _fetch(self, key: AdapterKey) -> Adapter:
         try:
             self.num_loads += 1
-            adapter = await asyncio.to_thread(self._load, key)
+            loop = asyncio.get_running_loop()
+            adapter = await loop.run_in_executor(self._threads, self._load, key)
+        except S2FTError:
+            raise
+        except (RuntimeError, MemoryError) as error:  # torch's allocator raises the former
+            raise ServingError(
+                f"{key}: can't be loaded: {str(error) or 'out of memory'}"
+            ) from error
         finally:
             del self._coming[key]
         if adapter.fingerprint != key.fingerprint:

@@ -19,6 +19,7 @@ from collections.abc import (
     Iterator,
     Sequence,
 )
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing, asynccontextmanager, contextmanager
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
@@ -110,6 +111,8 @@ class Engine:
         self.max_tokens = min(positions, cache_tokens)
         """The most tokens that a prompt and its output may have together."""
         self._using_model = threading.Lock()
+        # prompts are scored one at a time: in one thread, so that they fill no pool of others
+        self._scorer = ThreadPoolExecutor(1, thread_name_prefix="score")
         self._passage = Passage()
         self._dedicated: tuple[AdapterKey, Adapter] | None = None
         self._running: dict[str, _Running] = {}
@@ -124,6 +127,7 @@ class Engine:
     def stop(self, timeout_s: float = 30.0) -> None:
         """Finish what runs within `timeout_s`, fail the rest, and leave the model plain."""
         self._batching.stop(timeout_s)
+        self._scorer.shutdown(wait=False)
         self._layers.remove()
         if self._dedicated is not None:
             self._dedicated[1].switch_out(self._model)
@@ -167,7 +171,9 @@ class Engine:
 
         async def score() -> list[PromptLogprob]:
             async with self._in_use(adapter, tenant) as slot:
-                return await asyncio.to_thread(self._score, list(prompt_ids), slot, top_logprobs)
+                return await asyncio.get_running_loop().run_in_executor(
+                    self._scorer, self._score, list(prompt_ids), slot, top_logprobs
+                )
 
         return await _to_its_end(score())
 

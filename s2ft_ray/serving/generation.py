@@ -46,7 +46,11 @@ class Generates(Protocol):
         """Yield the tokens of one answer; closing it early drops the request."""
 
     async def score(
-        self, prompt_ids: Sequence[int], adapter: AdapterKey | None = None, top_logprobs: int = 0
+        self,
+        prompt_ids: Sequence[int],
+        adapter: AdapterKey | None = None,
+        top_logprobs: int = 0,
+        tenant: str | None = None,
     ) -> Sequence[PromptLogprob]:
         """Return what the model says of each token of a prompt."""
 
@@ -143,7 +147,7 @@ class _Run:
         self.answers = [Answer(tokenizer, prompt, request.stops, tells_end) for prompt in each]
         self._requests = [
             GenerationRequest(
-                request_id=f"{served.request_id}-{index}",
+                request_id=f"{served.identity.id}-{index}",
                 prompt_ids=tuple(prompt),
                 params=_params(request, most, index % request.num_choices),
                 adapter=served.route.adapter,
@@ -175,7 +179,7 @@ class _Run:
         if request.logprobs is None:
             return Piece(text, finish_reason=finish_reason)
         adapter = self._served.route.adapter
-        scored = await self._engine.score(ids, adapter, request.logprobs)
+        scored = await self._engine.score(ids, adapter, request.logprobs, self._served.tenant)
         tokens, offset, detokenizer = [], 0, Detokenizer(self._tokenizer, ())
         for token in scored:
             tokens.append(TokenLogprob(token.token_id, token.logprob, token.top_logprobs, offset))
@@ -186,6 +190,7 @@ class _Run:
     async def batches(self) -> AsyncGenerator[list[tuple[int, Piece]]]:
         """Yield (place of the answer, piece), all that are there at once, until all are whole."""
         if self._is_scoring:
+            self._meter.tokens(self._served, self.usage)
             return
         tasks = [asyncio.create_task(self._generate(index)) for index in range(len(self.answers))]
         running = len(tasks)

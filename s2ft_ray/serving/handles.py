@@ -8,7 +8,7 @@ from typing import Any, cast
 
 from ray.exceptions import RayActorError
 from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
-from ray.serve.handle import DeploymentHandle
+from ray.serve.handle import DeploymentHandle, DeploymentResponse
 
 from s2ft_ray.registry import AliasMove, ModelRef
 from s2ft_ray.serving.catalog import Catalog
@@ -91,16 +91,16 @@ class WatcherHandle:
 
     async def find(self, ref: ModelRef) -> Route | str | ApiError:
         """Return the route to one version, why there is none, or why nobody can tell."""
-        return cast(Route | str | ApiError, await self._handle.find.remote(ref))
+        return cast(Route | str | ApiError, await _answer_of(self._handle.find.remote(ref)))
 
     async def promote(self, name: str, version: int, alias: str) -> AliasMove | ApiError:
         """Move an alias."""
-        moved = await self._handle.promote.remote(name, version, alias)
+        moved = await _answer_of(self._handle.promote.remote(name, version, alias))
         return cast(AliasMove | ApiError, moved)
 
     async def place(self, name: str, alias: str, placement: str | None) -> ApiError | None:
         """Say how an alias is kept on the replicas."""
-        placed = await self._handle.place.remote(name, alias, placement)
+        placed = await _answer_of(self._handle.place.remote(name, alias, placement))
         return cast(ApiError | None, placed)
 
     async def wake(self) -> None:
@@ -109,7 +109,21 @@ class WatcherHandle:
 
     async def rollback(self, name: str, alias: str) -> AliasMove | ApiError:
         """Move an alias back."""
-        return cast(AliasMove | ApiError, await self._handle.rollback.remote(name, alias))
+        moved = await _answer_of(self._handle.rollback.remote(name, alias))
+        return cast(AliasMove | ApiError, moved)
+
+
+async def _answer_of(response: DeploymentResponse[Any]) -> Any:
+    """Return the watcher's answer; an ApiError where it died or isn't there."""
+    try:
+        return await response
+    except (RayActorError, BackPressureError, DeploymentUnavailableError) as error:
+        reason = _first_line(error)
+        return ApiError(
+            503, f"The watcher of the registry is being restarted: {reason}", retry_after_s=2
+        )
+    finally:
+        response.cancel()  # of no effect on one that is over
 
 
 def _full(error: Exception) -> ApiError:

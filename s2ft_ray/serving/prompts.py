@@ -15,6 +15,16 @@ from s2ft_ray.serving.schemas import ChatRequest, CompletionRequest
 from s2ft_ray.serving.wire_errors import ApiError
 
 _MAX_CHARS_A_TOKEN = 64
+# A chat template is a tenant's program: what Jinja raises, and what its expressions do.
+_TEMPLATE_ERRORS = (
+    jinja2.TemplateError,
+    ArithmeticError,
+    AttributeError,
+    LookupError,
+    RuntimeError,
+    TypeError,
+    ValueError,
+)
 
 
 @dataclass(frozen=True)
@@ -70,7 +80,7 @@ def encode_chat(
         text = tokenizer.apply_chat_template(
             turns, chat_template=chat_template, tokenize=False, add_generation_prompt=True
         )
-    except jinja2.TemplateError as error:
+    except _TEMPLATE_ERRORS as error:
         raise ApiError(
             400, f"messages: the model's chat template refuses them: {error}", param="messages"
         ) from error

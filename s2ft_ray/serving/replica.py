@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from ray import serve
 
-from s2ft_ray.errors import ConfigError, S2FTError, ServingError
+from s2ft_ray.errors import ConfigError, JobError, S2FTError, ServingError
 from s2ft_ray.serving.handles import WATCHER, WatcherHandle
 from s2ft_ray.serving.metrics import TokenMetrics
 from s2ft_ray.serving.placements import Placements, check_undedicated
@@ -64,6 +64,9 @@ class Replica:
             self._adapters.read,
             slot_bytes=base.adapter_slot_bytes,
             host_bytes=base.adapter_host_bytes,
+            cache_tokens=base.cache_tokens,
+            max_batch_tokens=base.max_batch_tokens,
+            max_batch_requests=base.max_batch_requests,
             share_prefixes=base.share_prefixes,
         )
         self._engine.start()
@@ -115,8 +118,8 @@ class Replica:
             await self._template(route)
             adapter = await asyncio.to_thread(self._adapters.read, key)
             await self._try(key, adapter)
-        except ServingError:
-            raise  # of the engine or its memory: no fault of the adapter
+        except (ServingError, JobError):
+            raise  # of the engine, its memory or the registry: no fault of the adapter
         except S2FTError as error:
             await self.release(key)
             return " ".join(str(error).split())

@@ -33,6 +33,35 @@ class Wire(BaseModel):
         protected_namespaces=(),
     )
 
+    @model_validator(mode="before")
+    @classmethod
+    def _check_text(cls, value: Any) -> Any:
+        # JSON can hold half of a character's pair, of which no tokenizer and no reply makes bytes
+        if isinstance(value, dict):
+            for key, entry in value.items():
+                _check_unicode(key, entry)
+        return value
+
+
+def _check_unicode(place: str, value: Any) -> None:
+    if isinstance(value, str):
+        if not value.isascii():
+            try:
+                value.encode()
+            except UnicodeEncodeError as error:
+                raise ValueError(
+                    f"{place!a} isn't Unicode: {value[error.start]!a} stands alone at"
+                    f" character {error.start}"
+                ) from None
+    elif isinstance(value, list):
+        for entry in value:
+            if not isinstance(entry, int):
+                _check_unicode(place, entry)
+    elif isinstance(value, dict):
+        for key, entry in value.items():
+            _check_unicode(place, key)
+            _check_unicode(place, entry)
+
 
 class StreamOptions(Wire):
     """What a stream carries beside the text."""

@@ -217,10 +217,11 @@ class Service:
         self._counts.running(self._running)
         try:
             with self._limits.admitted(caller.tenant):
-                route = await self._route(request.model, caller)
+                deadline = asyncio.get_running_loop().time() + self._settings.request_timeout_s
+                async with asyncio.timeout_at(deadline):
+                    route = await self._route(request.model, caller)
                 tags = tags_of(route, caller.tenant.name)
                 served = _bind(request, route, caller)
-                deadline = asyncio.get_running_loop().time() + self._settings.request_timeout_s
                 async with aclosing(self._retrying(served)) as texts:
                     while True:
                         async with asyncio.timeout_at(deadline):

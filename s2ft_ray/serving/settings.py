@@ -27,6 +27,13 @@ class BaseSettings(Section):
     """Requests that wait for a replica; more are refused with 429."""
     num_cpus: float = Field(default=1.0, ge=0)
     num_gpus: float = Field(default=0.0, ge=0)
+    cache_tokens: int = Field(default=16_384, ge=64)
+    """Tokens of one replica's KV cache, which all of its requests share; a request's prompt and
+    answer must fit it."""
+    max_batch_tokens: int = Field(default=512, ge=1)
+    """Of one step: what prompts and answers go through the model together."""
+    max_batch_requests: int = Field(default=64, ge=1)
+    """Requests of one step; more wait for a place."""
     share_prefixes: bool = True
     """Prompts that begin alike, of one tenant and adapter, share what was computed for them."""
     adapter_slot_bytes: int = Field(default=256 * 2**20, ge=2**20)

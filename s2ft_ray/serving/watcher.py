@@ -150,7 +150,7 @@ class Watcher:
         except JobError as error:
             await self._publish(problem=error.faults[0])
             return
-        updated = await asyncio.gather(*map(self._update, models))
+        updated = await asyncio.gather(*map(self._try_update, models))
         gone = self._catalog.models.keys() - {model.name for model in models}
         kept = {name: model for name, model in self._catalog.models.items() if name not in gone}
         kept.update((model.name, model) for model in updated if model is not None)
@@ -165,7 +165,14 @@ class Watcher:
             log.info("%s isn't up yet: %r", base_id, error)
             return None
 
-    async def _update(self, model: AliasedModel) -> CatalogModel | None:
+    async def _try_update(self, model: AliasedModel) -> CatalogModel | None:
+        try:
+            return await self._update(model)
+        except Exception:  # a model's edge: what is wrong with one holds up no other
+            log.exception("looking at %s failed", model.name)
+            return self._catalog.models.get(model.name)
+
+    async def _update(self, model: AliasedModel) -> CatalogModel:
         before = self._catalog.models.get(model.name) or CatalogModel(model.name)
         live, rejected, waiting = {}, {}, {}
         for alias, version in model.aliases.items():
@@ -303,7 +310,10 @@ def _version(route: Route) -> int:
 
 
 def _chat_template(folder: str) -> str | None:
-    document = json.loads(Path(folder, "adapter_config.json").read_text(encoding="utf-8"))
-    data = (document.get("training") or {}).get("data") or {}
-    template = data.get("chat_template")
+    path = Path(folder, "adapter_config.json")
+    try:
+        document = json.loads(path.read_text(encoding="utf-8"))
+        template = ((document.get("training") or {}).get("data") or {}).get("chat_template")
+    except (OSError, ValueError, AttributeError) as error:
+        raise AdapterError(f"{path}: can't be read as an adapter's description: {error}") from error
     return template if isinstance(template, str) else None

@@ -1,6 +1,7 @@
 """Two tenants' adapters behind one base on a real Serve: answers, swaps, faults, fuzz."""
 
 import json
+import random
 import subprocess
 import time
 import urllib.request
@@ -16,6 +17,7 @@ import lm_eval_parts
 import openai
 import pytest
 import schemathesis
+from chaos import ASKED, Chaos
 from mlflow import MlflowClient
 from nodes import BIN, Node
 from served_node import OTHER, PROMPTS, TOKENS, Load, Service, start_service
@@ -264,14 +266,14 @@ def test_a_killed_replica_costs_no_answer_that_had_not_begun(service: Service) -
         assert text
 
 
-def test_a_killed_proxy_comes_back_and_nothing_wrong_went_out(service: Service) -> None:
-    with Load(service, [("initech", "initech.served"), ("globex", "globex.served")]) as load:
-        load.wait_for_more(10)
-        service.kill("the proxy")
-        service.wait_until(lambda: bool(load.broken))
-        load.wait_for_more(20)
-    load.check("initech.served:1", "globex.served:1")
-    load.check_broken("initech.served:1", "globex.served:1")
+def test_nothing_wrong_goes_out_while_replica_and_proxy_die_and_a_version_goes_live(
+    service: Service,
+) -> None:
+    with Load(service, ASKED) as load:
+        chaos = Chaos(service, load, random.Random(0))
+        assert chaos.round(1, ["replica", "proxy", "promotion"]) == []
+    service.post("rollback", {})
+    service.wait_for("initech.swapped", "initech.swapped:1")
 
 
 def test_what_serves_outlives_its_controller_its_watcher_and_the_registry(service: Service) -> None:
@@ -280,6 +282,9 @@ def test_what_serves_outlives_its_controller_its_watcher_and_the_registry(servic
         load.wait_for_more(10)
         service.kill("the controller")
         service.kill("the watcher")
+        with pytest.raises((openai.NotFoundError, openai.InternalServerError)) as refused:
+            service.ask("initech.served:9", "x")
+        assert refused.value.status_code in (404, 503)
         load.wait_for_more(20)
         service.kill_registry()
         load.wait_for_more(20)

@@ -33,6 +33,7 @@ class Parrot:
     def __init__(self, text: str = "one two three") -> None:
         self.ids = TOKENIZER(text, add_special_tokens=False)["input_ids"]
         self.requests: list[GenerationRequest] = []
+        self.scored_for: list[str | None] = []
         self.num_closed_early = 0
         self.pause_s = 0.0
 
@@ -57,7 +58,9 @@ class Parrot:
         prompt_ids: Sequence[int],
         adapter: AdapterKey | None = None,  # noqa: ARG002 - one parrot for all
         top_logprobs: int = 0,
+        tenant: str | None = None,
     ) -> list[PromptLogprob]:
+        self.scored_for.append(tenant)
         top = tuple((i, -1.0) for i in range(top_logprobs))
         return [
             PromptLogprob(i, -1.0 if place else None, top) for place, i in enumerate(prompt_ids)
@@ -70,6 +73,7 @@ class FakeBase:
     def __init__(self, engine: Parrot, deaths: int = 0, dies_after: int = 0) -> None:
         limits = Limits(context_tokens=512, output_tokens=256, vocab_size=len(TOKENIZER))
         self.generator = Generator(engine, TOKENIZER, limits, Silent())
+        self.is_stuck = False
         self.deaths = deaths
         self.dies_after = dies_after
 
@@ -94,7 +98,8 @@ class FakeBase:
             yield error
 
     async def ping(self) -> None:
-        """Always well."""
+        if self.is_stuck:
+            raise RuntimeError("the engine is stuck")
 
     async def adapters(self) -> list[dict[str, Any]]:
         return [{"name": "acme.bot", "version": 1}]
@@ -113,6 +118,7 @@ class FakeWatcher:
         self.versions: dict[ModelRef, Route | str | ApiError] = {}
         self.moves: list[tuple[Any, ...]] = []
         self.num_wakes = 0
+        self.find_s = 0.0
 
     async def catalog(self, after: tuple[str, int]) -> Catalog:
         while self.current.revision == after:
@@ -120,6 +126,7 @@ class FakeWatcher:
         return self.current
 
     async def find(self, ref: ModelRef) -> Route | str | ApiError:
+        await asyncio.sleep(self.find_s)
         return self.versions.get(ref, "it has no such version")
 
     async def promote(self, name: str, version: int, alias: str) -> AliasMove | ApiError:
@@ -144,8 +151,11 @@ class FakeAccounts:
 
     def __init__(self, **limits: int) -> None:
         self.limits = limits
+        self.revoked: set[str] = set()
 
     def authenticate(self, secret: str) -> Principal | None:
+        if secret in self.revoked:
+            return None
         owner = secret.removeprefix("key-")
         if owner == "operator":
             return Principal("k0", None, True)

@@ -3,7 +3,9 @@
 import asyncio
 import json
 import logging
+import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
@@ -23,12 +25,14 @@ from serving_fakes import (
 from starlette.testclient import TestClient
 
 from s2ft_ray.registry import ModelRef
+from s2ft_ray.serving import service as service_module
 from s2ft_ray.serving.access import Access
 from s2ft_ray.serving.api import build_api
 from s2ft_ray.serving.boundary import MAX_BODY_BYTES
 from s2ft_ray.serving.catalog import Catalog, CatalogModel
 from s2ft_ray.serving.service import Service
 from s2ft_ray.serving.settings import ServingSettings
+from s2ft_ray.serving.wire_errors import ApiError
 
 ACME = CatalogModel("acme.bot", live={"champion": adapter_route("acme.bot")})
 GLOBEX = CatalogModel("globex.bot", live={"champion": adapter_route("globex.bot")})
@@ -38,9 +42,12 @@ HELLO = [{"role": "user", "content": "Hello"}]
 class Site:
     """A served API, and clients of it."""
 
-    def __init__(self, http: TestClient, engine: Parrot, watcher: FakeWatcher) -> None:
+    def __init__(
+        self, http: TestClient, engine: Parrot, watcher: FakeWatcher, base: FakeBase
+    ) -> None:
         self.http = http
         self.engine = engine
+        self.base = base
         self.watcher = watcher
 
     def client(self, owner: str = "operator") -> openai.OpenAI:
@@ -67,15 +74,12 @@ def served(
     **settings: Any,
 ) -> Iterator[Site]:
     engine, watcher = Parrot(text), FakeWatcher(catalog or make_catalog(ACME, GLOBEX))
-    service = Service(
-        ServingSettings(**settings),
-        {BASE: FakeBase(engine, deaths, dies_after)},
-        watcher,
-        Silent(),
-    )
-    api = build_api(service, Access(accounts or FakeAccounts()))  # type: ignore[arg-type]
+    base = FakeBase(engine, deaths, dies_after)
+    service = Service(ServingSettings(**settings), {BASE: base}, watcher, Silent())
+    known = None if settings.get("no_auth") else accounts or FakeAccounts()
+    api = build_api(service, Access(known))  # type: ignore[arg-type]
     with TestClient(api, raise_server_exceptions=False) as http:
-        site = Site(http, engine, watcher)
+        site = Site(http, engine, watcher, base)
         while (
             watcher.current.is_ready
             and site.http.get(
@@ -138,6 +142,13 @@ def test_logprobs_come_with_each_endpoints_own_form(site: Site) -> None:
     content = chat.choices[0].logprobs.content  # type: ignore[union-attr]
     assert "".join(token.token for token in content or []) == "one two three"
     assert all(len(token.top_logprobs) == 2 for token in content or [])
+
+
+def test_a_scored_prompt_waits_in_its_tenants_line(site: Site) -> None:
+    site.client("acme").completions.create(
+        model=BASE, prompt="1 2", max_tokens=0, echo=True, logprobs=1
+    )
+    assert site.engine.scored_for[-1] == "acme"
 
 
 def test_a_prompt_alone_is_scored(site: Site) -> None:
@@ -237,6 +248,11 @@ CHAT: dict[str, Any] = {"model": BASE, "messages": HELLO}
         ({**GOOD, "model": "acme.bot@other"}, 404, "model"),
         ({**GOOD, "prompt": []}, 400, "prompt"),
         ({**GOOD, "prompt": ""}, 200, None),
+        (b'{"model": "s2ft://tiny", "prompt": "a\\ud800"}', 400, None),
+        (b'{"model": "s2ft://tiny", "prompt": ["a", "\\udc00"]}', 400, None),
+        (b'{"model": "\\ud800", "prompt": "a"}', 400, None),
+        (b'{"model": "s2ft://tiny", "prompt": "a", "\\ud800": 1}', 400, None),
+        (b'{"model": "s2ft://tiny", "prompt": "\\ud83d\\ude00", "max_tokens": 1}', 200, None),
         ({**GOOD, "prompt": [-1]}, 400, "prompt"),
         ({**GOOD, "prompt": [10**6]}, 400, "prompt"),
         ({**GOOD, "prompt": ["a", 1]}, 400, "prompt"),
@@ -317,6 +333,24 @@ def test_a_request_id_of_the_clients_own_comes_back(site: Site) -> None:
     assert site.post(GOOD, **{"x-request-id": "mine-1"}).headers["x-request-id"] == "mine-1"
     evil = site.post(GOOD, **{"x-request-id": "a b"}).headers["x-request-id"]
     assert evil != "a b"
+
+
+def test_the_engine_never_sees_a_clients_own_id(site: Site) -> None:
+    before = len(site.engine.requests)
+    for _ in range(2):
+        site.post(GOOD, **{"x-request-id": "mine-1"})
+    ids = [request.request_id for request in site.engine.requests[before:]]
+    assert len(set(ids)) == 2
+    assert not any("mine-1" in request_id for request_id in ids)
+
+
+def test_a_template_that_fails_on_the_messages_is_a_400() -> None:
+    route = replace(adapter_route("acme.bot"), chat_template="{{ 1 + messages[0]['content'] }}")
+    with (
+        served(make_catalog(CatalogModel("acme.bot", live={"champion": route}))) as site,
+        pytest.raises(openai.BadRequestError, match="chat template refuses them"),
+    ):
+        site.client("acme").chat.completions.create(model="acme.bot", messages=HELLO)  # type: ignore[arg-type]
 
 
 def test_a_tenant_sees_its_own_and_what_is_shared(site: Site) -> None:
@@ -476,6 +510,64 @@ def test_an_answer_that_takes_too_long_is_given_up() -> None:
         body = site.post({**GOOD, "stream": True}).text
         *_, last = [line for line in body.split("\n\n") if line]
         assert "wasn't whole" in json.loads(last.removeprefix("data: "))["error"]["message"]
+
+
+def test_looking_a_version_up_is_given_up_in_time_too() -> None:
+    with served(request_timeout_s=0.1) as site:
+        site.watcher.find_s = 5.0
+        started = time.monotonic()
+        assert site.post({**GOOD, "model": "acme.bot:7"}).status_code == 504
+        assert time.monotonic() - started < 2
+
+
+def test_more_requests_at_once_than_a_tenant_may_have_are_refused() -> None:
+    with (
+        served(accounts=FakeAccounts(max_concurrent_requests=2)) as site,
+        ThreadPoolExecutor() as pool,
+    ):
+        site.engine.pause_s = 0.2
+        acme = {"Authorization": "Bearer key-acme"}
+        replies = list(pool.map(lambda _: site.post(GOOD, **acme), range(3)))
+        assert sorted(reply.status_code for reply in replies) == [200, 200, 429]
+        (refused,) = [reply for reply in replies if reply.status_code == 429]
+        assert refused.json()["error"]["code"] == "rate_limit_exceeded"
+        assert refused.headers["retry-after"] == "1"
+        assert site.post(GOOD, **acme).status_code == 200
+
+
+def test_health_tells_of_a_base_that_no_longer_answers(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(service_module, "_SILENCE_S", 0.2)
+    monkeypatch.setattr(service_module, "_PROBE_S", 0.02)
+    with served() as site:
+        assert site.http.get("/healthz").status_code == 200
+        site.base.is_stuck = True
+        time.sleep(0.3)
+        sick = site.http.get("/healthz")
+        assert sick.status_code == 503
+        assert BASE in sick.text
+        site.base.is_stuck = False
+        time.sleep(0.1)
+        assert site.http.get("/healthz").status_code == 200
+
+
+def test_without_accounts_everybody_is_an_operator() -> None:
+    with served(accounts=None, no_auth=True) as site:
+        reply = site.http.get("/v1/models")
+        assert {model["id"] for model in reply.json()["data"]} == {BASE, "acme.bot", "globex.bot"}
+        assert site.http.get("/v1/adapters").status_code == 200
+
+
+def test_a_revoked_key_is_refused_two_seconds_later_at_the_latest() -> None:
+    now, accounts = [0.0], FakeAccounts()
+    access = Access(accounts, clock=lambda: now[0])  # type: ignore[arg-type]
+    ask = "Bearer key-acme"
+    assert asyncio.run(access.identify(ask))[0].tenant == "acme"
+    accounts.revoked.add("key-acme")
+    now[0] = 1.9
+    assert asyncio.run(access.identify(ask))[0].tenant == "acme"
+    now[0] = 2.1
+    with pytest.raises(ApiError, match="revoked"):
+        asyncio.run(access.identify(ask))
 
 
 def test_an_error_inside_is_a_500_without_its_text() -> None:

@@ -3,6 +3,7 @@ import random
 import threading
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -383,3 +384,37 @@ def test_filling_a_slot_leaves_the_event_loop_free(monkeypatch: pytest.MonkeyPat
         assert threading.current_thread() not in threads
 
     asyncio.run(scenario())
+
+
+def test_loads_that_hang_keep_nobody_from_other_threads() -> None:
+    go_on = threading.Event()
+
+    def hang(_key: AdapterKey) -> Adapter:
+        go_on.wait(20)
+        return make_adapter(0)
+
+    async def ask() -> int:
+        loop = asyncio.get_running_loop()
+        loop.set_default_executor(ThreadPoolExecutor(1))
+        store = AdapterStore(hang, "b", 10**6)
+        loads = [
+            asyncio.create_task(store.get(AdapterKey(f"t.{i}", "1", make_adapter(0).fingerprint)))
+            for i in range(8)
+        ]
+        await asyncio.sleep(0)
+        told = await asyncio.wait_for(asyncio.to_thread(lambda: 7), 10)
+        go_on.set()
+        await asyncio.gather(*loads)
+        return told
+
+    assert asyncio.run(ask()) == 7
+
+
+@pytest.mark.parametrize("error", [MemoryError(), RuntimeError("can't allocate memory")])
+def test_a_load_without_memory_is_no_fault_of_the_request(error: Exception) -> None:
+    def fail(_key: AdapterKey) -> Adapter:
+        raise error
+
+    store = AdapterStore(fail, "b", 10**6)
+    with pytest.raises(ServingError, match=r"t\.a:1: can't be loaded: .*memory"):
+        asyncio.run(store.get(AdapterKey("t.a", "1", "f")))

@@ -24,6 +24,8 @@ from s2ft_ray.serving.watcher import RejectedError, Watcher
 from s2ft_ray.serving.wire_errors import ApiError
 
 NAME = "acme.bot"
+UNEXPECTED = 13
+"""A version of which the registry says something that nobody foresaw."""
 ACME = Principal("k", "acme", False)
 
 
@@ -67,6 +69,7 @@ class Registry:
         self.placements: dict[str, str] = {}
         self.bases: dict[int, str] = {}
         self.is_away = False
+        self.others: list[AliasedModel] = []
         self.notes: list[tuple[Any, ...]] = []
         document = {"training": {"data": {"chat_template": "{{ x }}"}}}
         (folder / "adapter_config.json").write_text(json.dumps(document))
@@ -75,13 +78,16 @@ class Registry:
         if self.is_away:
             raise JobError("MLflow is away")
         return [
-            AliasedModel(NAME, dict(self.aliases), dict(self.served), self.shared, self.placements)
+            AliasedModel(NAME, dict(self.aliases), dict(self.served), self.shared, self.placements),
+            *self.others,
         ]
 
     def resolve_adapter(self, ref: str, _uri: str) -> ResolvedAdapter:
         version = int(ref.rpartition(":")[2])
         if version > 50:
             raise AdapterError(f"{ref}: there is none")
+        if version == UNEXPECTED:
+            raise KeyError("python_function")
         tags = {"base": "some-base", "base_fingerprint": self.bases.get(version, "base-f")}
         return ResolvedAdapter(NAME, version, None, f"f{version}", self.folder, tags)
 
@@ -186,6 +192,39 @@ def test_a_first_version_with_a_fault_is_told_and_not_served(registry: Registry)
         with pytest.raises(ApiError, match="some-base isn't served here"):
             await live(watcher)
         assert replica.checked == []
+
+    follow(story)
+
+
+def test_a_model_that_cant_be_looked_at_holds_up_no_other(registry: Registry) -> None:
+    registry.aliases = {"champion": 1}
+    registry.others = [AliasedModel("acme.odd", {"champion": UNEXPECTED}, {}, frozenset())]
+
+    async def story(watcher: Watcher, _replica: Replica) -> None:
+        await watcher.look()
+        assert (await live(watcher)).fingerprint == "f1"
+        assert (await watcher.catalog(("", 0))).is_ready
+        registry.aliases = {"champion": 2}
+        await watcher.look()
+        assert (await live(watcher)).fingerprint == "f2"
+
+    follow(story)
+
+
+@pytest.mark.parametrize("text", [None, "{", "[]"])
+def test_a_version_without_its_description_is_refused_by_name(
+    registry: Registry, text: str | None
+) -> None:
+    registry.aliases = {"champion": 1}
+    path = registry.folder / "adapter_config.json"
+    path.unlink() if text is None else path.write_text(text)
+
+    async def story(watcher: Watcher, _replica: Replica) -> None:
+        await watcher.look()
+        with pytest.raises(ApiError, match=r"adapter_config\.json: can't be read"):
+            await live(watcher)
+        with pytest.raises(AdapterError, match=r"adapter_config\.json"):
+            await watcher.find(ModelRef(NAME, version=1))
 
     follow(story)
 

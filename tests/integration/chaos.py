@@ -1,0 +1,136 @@
+"""What is done to a service under load, and what must come of it: see ``serving_chaos.py``."""
+
+import random
+import threading
+import time
+from collections import Counter
+
+from served_node import PARTS, PROMPTS, Load, Service
+
+FAULTS = ("replica", "proxy", "controller", "watcher", "registry", "promotion", "departures")
+ASKED = (
+    ("initech", "initech.served"),
+    ("globex", "globex.served"),
+    ("initech", "initech.swapped"),
+)
+VERSIONS = ("initech.served:1", "globex.served:1", "initech.swapped:1", "initech.swapped:2")
+ANSWERS_A_ROUND = 40
+LATEST_S = 5.0
+"""A fault comes so long after a round's begin at most."""
+
+
+class Chaos:
+    """A service under load, what is done to it, and what came of it."""
+
+    def __init__(self, service: Service, load: Load, rng: random.Random) -> None:
+        self.service, self.load, self.rng = service, load, rng
+        self.done: Counter[str] = Counter()
+        self.pauses: dict[str, float] = {}
+        """The longest time without an answer, by fault."""
+
+    def round(self, number: int, faults: list[str]) -> list[str]:
+        """Disturb, wait until all is as before; return what is wrong."""
+        num_answers, num_broken = len(self.load.answers), len(self.load.broken)
+        started = time.monotonic()
+        failed: list[str] = []
+        timers = []
+        for fault in faults:
+            timer = threading.Timer(self.rng.uniform(0, LATEST_S), self._do, (fault, failed))
+            timer.start()
+            timers.append(timer)
+        pause = self._longest_pause(timers, num_answers)
+        wrong = [*failed, *self._check(faults, num_answers, num_broken)]
+        for fault in faults:
+            self.done[fault] += 1
+            self.pauses[fault] = max(self.pauses.get(fault, 0.0), pause)
+        print(
+            f"round {number}: {', '.join(faults)}, {time.monotonic() - started:.0f} s,"
+            f" {len(self.load.answers) - num_answers} answers,"
+            f" {len(self.load.broken) - num_broken} broke off, longest pause {pause:.1f} s,"
+            f" {wrong or 'right'}",
+            flush=True,
+        )
+        return wrong
+
+    def _longest_pause(self, timers: list[threading.Timer], before: int) -> float:
+        """Wait for the faults and for new answers after them; return the longest time without."""
+        longest, last, count = 0.0, time.monotonic(), before
+        wanted = None
+        deadline = last + 300.0
+        while wanted is None or len(self.load.answers) < wanted:
+            assert time.monotonic() < deadline, f"no answers any more\n{self.service.logs()}"
+            if len(self.load.answers) > count:
+                count, last = len(self.load.answers), time.monotonic()
+            longest = max(longest, time.monotonic() - last)
+            if wanted is None and not any(timer.is_alive() for timer in timers):
+                wanted = len(self.load.answers) + ANSWERS_A_ROUND
+            time.sleep(0.05)
+        return longest
+
+    def _check(self, faults: list[str], num_answers: int, num_broken: int) -> list[str]:
+        """Hold the round's answers against the merged model's."""
+        by_fingerprint = {self.service.adapters[it].fingerprint: it for it in VERSIONS}
+        wrong = []
+        for prompt, fingerprint, text in self.load.answers[num_answers:]:
+            version = by_fingerprint.get(fingerprint)
+            if version is None or text != self.service.expected(version, prompt):
+                wrong.append(f"{prompt!r} to {version or fingerprint}: {text!r}")
+        for prompt, text, error in self.load.broken[num_broken:]:
+            if not any(self.service.expected(it, prompt).startswith(text) for it in VERSIONS):
+                wrong.append(f"{prompt!r} broke off wrongly: {text!r}, {error}")
+            begun = "replica" in faults and text and "died in the middle" in error
+            if not begun and "proxy" not in faults:
+                wrong.append(f"{prompt!r} broke off after {text!r}: {error}")
+        return wrong
+
+    def _do(self, fault: str, failed: list[str]) -> None:
+        try:
+            getattr(self, f"_{fault}")()
+        except Exception as error:  # noqa: BLE001 - told as what is wrong in this round
+            failed.append(f"{fault}: {type(error).__name__}: {error}")
+
+    def _replica(self) -> None:
+        self._kill("a base's replica")
+
+    def _proxy(self) -> None:
+        self._kill("the proxy")
+
+    def _controller(self) -> None:
+        self._kill("the controller")
+
+    def _watcher(self) -> None:
+        self._kill("the watcher")
+
+    def _kill(self, part: str) -> None:
+        # it may just be coming back from the last round
+        self.service.wait_until(lambda: bool(self.service.processes(PARTS[part])), 60)
+        self.service.kill(part)
+
+    def _registry(self) -> None:
+        self.service.kill_registry()
+        time.sleep(self.rng.uniform(1.0, 10.0))
+        self.service.s2ft("up")
+
+    def _promotion(self) -> None:
+        """Make the other version the champion, and wait for it."""
+        live = {fingerprint for _, fingerprint, _ in self.load.answers[-40:]}
+        version = 1 if self.service.adapters["initech.swapped:2"].fingerprint in live else 2
+        self.service.s2ft("promote", "initech.swapped", str(version))
+        wanted = self.service.adapters[f"initech.swapped:{version}"].fingerprint
+        self.service.wait_until(
+            lambda: wanted in {fingerprint for _, fingerprint, _ in self.load.answers[-40:]}, 120
+        )
+
+    def _departures(self) -> None:
+        """Begin streams that nobody reads to their end."""
+        for _ in range(8):
+            with self.service.passing_client("globex", retries=5) as client:
+                stream = client.completions.create(
+                    model="globex.served",
+                    prompt=self.rng.choice(PROMPTS),
+                    max_tokens=400,
+                    temperature=0,
+                    stream=True,
+                )
+                next(iter(stream))
+                stream.close()
