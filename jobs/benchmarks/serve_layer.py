@@ -21,6 +21,7 @@ from s2ft_ray.config import S2FTConfig
 from s2ft_ray.method import Adapter, AdapterSlice, BaseInfo
 from s2ft_ray.serving.batched_layers import BatchedLayers
 from s2ft_ray.serving.device_slots import DeviceSlots, Slot, SlotPart
+from s2ft_ray.serving.engine_stats import AdapterEvents
 from s2ft_ray.serving.requests import AdapterKey
 from s2ft_ray.serving.routing import Routing
 
@@ -56,7 +57,8 @@ def _take_turns(dtype: torch.dtype, count: int, rounds: int, clock: Clock) -> di
     num_tokens = -(-FEWEST_TOKENS // count) * count
     x = torch.randn(1, num_tokens, WIDTH, dtype=dtype)
     # All kinds read the same memory: 10,000 adapters of each wouldn't fit side by side.
-    pool = DeviceSlots(WIDTH, dtype, x.device, count * 2 * RANK * (WIDTH * dtype.itemsize + 8))
+    size_bytes = count * 2 * RANK * (WIDTH * dtype.itemsize + 8)
+    pool = DeviceSlots(WIDTH, dtype, x.device, size_bytes, AdapterEvents())
     pool.rows.normal_(std=0.01)
     layers = {name: nn.Linear(WIDTH, WIDTH, bias=False, dtype=dtype) for name in KINDS}
     _add_s2ft(layers["in"], "in", pool, num_tokens, count)

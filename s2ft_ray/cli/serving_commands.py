@@ -29,7 +29,7 @@ def add_commands(commands: "argparse._SubParsersAction[argparse.ArgumentParser]"
 
     adapters = commands.add_parser("adapters", help="what is loaded and used")
     actions = adapters.add_subparsers(metavar="ACTION", required=True)
-    action = actions.add_parser("list", help="every adapter in memory: tier, bytes, last use")
+    action = actions.add_parser("list", help="every adapter: its tier, bytes, last use")
     _add_url(action)
     action.add_argument("--json", action="store_true", help="the same facts for a program")
     action.set_defaults(run=_list_adapters)
@@ -145,8 +145,9 @@ def _list_adapters(args: argparse.Namespace) -> int:
         size, rate = adapter["bytes"], adapter["requests_per_minute"]
         name, version, tier = adapter["name"], adapter["version"], adapter["tier"]
         counts = str(adapter["running"]), str(rate), adapter["placement"] or "-"
-        where = adapter["base"], adapter["replica"]
-        rows.append((name, str(version), *where, tier, f"{size:,}", used, *counts))
+        where = adapter["base"], adapter["replica"] or "-"
+        taken = "-" if size is None else f"{size:,}"
+        rows.append((name, str(version), *where, tier, taken, used, *counts))
     header = "ADAPTER VERSION BASE REPLICA TIER BYTES LAST_USED RUNNING REQUESTS/MIN PLACEMENT"
     print_table([name.replace("_", " ") for name in header.split()], rows)
     return 0

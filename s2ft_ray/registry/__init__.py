@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from s2ft_ray.registry.connection import default_tracking_uri
     from s2ft_ray.registry.deltas import ModuleDelta, measure_deltas
     from s2ft_ray.registry.evaluations import log_evaluation
-    from s2ft_ray.registry.kept import forget_kept, trim_kept
+    from s2ft_ray.registry.kept import KeptAdapter, forget_kept, list_kept, trim_kept
     from s2ft_ray.registry.lineage import Parent, resolve_parent
     from s2ft_ray.registry.names import (
         EVERYONE,
@@ -46,6 +46,7 @@ __all__ = [
     "PLACEMENTS",
     "AliasMove",
     "AliasedModel",
+    "KeptAdapter",
     "LocatedAdapter",
     "ModelRef",
     "ModuleDelta",
@@ -58,6 +59,7 @@ __all__ = [
     "default_tracking_uri",
     "deliver_run",
     "forget_kept",
+    "list_kept",
     "list_models",
     "locate_adapter",
     "log_evaluation",
@@ -89,7 +91,7 @@ _MODULES = {
     "connection": {"default_tracking_uri"},
     "deltas": {"ModuleDelta", "measure_deltas"},
     "evaluations": {"log_evaluation"},
-    "kept": {"forget_kept", "trim_kept"},
+    "kept": {"KeptAdapter", "forget_kept", "list_kept", "trim_kept"},
     "lineage": {"Parent", "resolve_parent"},
     "names": {"EVERYONE", "AliasMove", "ModelRef", "check_alias", "check_name", "parse_ref"},
     "resolution": {"LocatedAdapter", "ResolvedAdapter", "locate_adapter", "resolve_adapter"},

@@ -9,6 +9,7 @@ import os
 import re
 import shutil
 import uuid
+from dataclasses import dataclass
 from pathlib import Path
 
 from s2ft_ray.config import s2ft_home
@@ -25,6 +26,32 @@ def note_read(folder: Path) -> None:
     """Remember that an adapter was wanted now, so that others are removed before it."""
     if folder.exists():
         os.utime(folder)
+
+
+@dataclass(frozen=True)
+class KeptAdapter:
+    """A version whose files were fetched and are still here."""
+
+    name: str
+    version: int
+    size_bytes: int
+    wanted_at: float
+    """Seconds since the epoch, of the last time."""
+
+
+def list_kept() -> list[KeptAdapter]:
+    """Return the versions in the cache, by name and version."""
+    kept = []
+    for folder in s2ft_home().joinpath("adapters").glob("*/*"):
+        if _KEPT.match(folder.name):
+            version = int(folder.name.partition("-")[0])
+            try:
+                entry = folder.stat()
+                size = _size_bytes(folder)
+            except FileNotFoundError:  # another process has removed it
+                continue
+            kept.append(KeptAdapter(folder.parent.name, version, size, entry.st_mtime))
+    return sorted(kept, key=lambda it: (it.name, it.version))
 
 
 def trim_kept(size_bytes: int) -> int:

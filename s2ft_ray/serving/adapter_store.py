@@ -7,6 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 from s2ft_ray.errors import AdapterError, S2FTError, ServingError
 from s2ft_ray.method import Adapter
+from s2ft_ray.serving.engine_stats import AdapterEvents
 from s2ft_ray.serving.requests import AdapterKey
 
 _LOADS_AT_ONCE = 4
@@ -15,7 +16,13 @@ _LOADS_AT_ONCE = 4
 class AdapterStore:
     """A least-recently-used cache before `load`. Used from one event loop."""
 
-    def __init__(self, load: Callable[[AdapterKey], Adapter], base: str, size_bytes: int) -> None:
+    def __init__(
+        self,
+        load: Callable[[AdapterKey], Adapter],
+        base: str,
+        size_bytes: int,
+        events: AdapterEvents,
+    ) -> None:
         """Keep up to `size_bytes` of adapters whose base has the fingerprint `base`.
 
         `load` runs in a thread and raises what the request that needs the adapter is told.
@@ -27,7 +34,7 @@ class AdapterStore:
         self._coming: dict[AdapterKey, asyncio.Task[Adapter]] = {}
         # threads of their own: loads that hang keep nobody from an adapter that is here already
         self._threads = ThreadPoolExecutor(_LOADS_AT_ONCE, thread_name_prefix="adapter-load")
-        self.num_loads = 0
+        self._events = events
         self.used_bytes = 0
 
     async def get(self, key: AdapterKey) -> Adapter:
@@ -58,7 +65,7 @@ class AdapterStore:
 
     async def _fetch(self, key: AdapterKey) -> Adapter:
         try:
-            self.num_loads += 1
+            self._events.add(key, "load")
             loop = asyncio.get_running_loop()
             adapter = await loop.run_in_executor(self._threads, self._load, key)
         except S2FTError:

@@ -92,6 +92,15 @@ class Catalog:
             raise self._not_live(model_id, model, alias)
         return model.live[alias]
 
+    def live(self) -> dict[AdapterKey, Route]:
+        """Return the routes of all aliases, by adapter."""
+        return {
+            route.adapter: route
+            for model in self.models.values()
+            for route in model.live.values()
+            if route.adapter is not None
+        }
+
     def placed(self, base_id: str) -> dict[AdapterKey, tuple[Route, str]]:
         """Return the live adapters of a base that have a placement, sorted by name.
 

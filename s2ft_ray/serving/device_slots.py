@@ -19,6 +19,7 @@ from torch import Tensor
 from s2ft_ray.errors import AdapterError
 from s2ft_ray.method import Adapter
 from s2ft_ray.method.parts import Side
+from s2ft_ray.serving.engine_stats import AdapterEvents
 from s2ft_ray.serving.requests import AdapterKey
 
 
@@ -51,7 +52,12 @@ class DeviceSlots:
     """The pool and who has which rows. Used from one thread; `copy_in` may run in another."""
 
     def __init__(
-        self, hidden_size: int, dtype: torch.dtype, device: torch.device, size_bytes: int
+        self,
+        hidden_size: int,
+        dtype: torch.dtype,
+        device: torch.device,
+        size_bytes: int,
+        events: AdapterEvents,
     ) -> None:
         """Reserve `size_bytes` of the device, at least one row."""
         row_bytes = hidden_size * dtype.itemsize + 8
@@ -63,7 +69,7 @@ class DeviceSlots:
         """[R]: the column or row of its module's weight that each row changes."""
         self._row_bytes = row_bytes
         self._slots: dict[AdapterKey, Slot] = {}
-        self.num_evictions = 0
+        self._events = events
 
     @property
     def size_bytes(self) -> int:
@@ -128,7 +134,8 @@ class DeviceSlots:
         for slot in evicted:  # those that are in nobody's way stay, and so do all if it was in vain
             if start is None or slot.start >= start + needed or slot.start + slot.length <= start:
                 self._slots[slot.key] = slot
-        self.num_evictions += sum(slot.key not in self._slots for slot in evicted)
+            else:
+                self._events.add(slot.key, "eviction")
         if start is None:
             return None
         parts, at = {}, start

@@ -10,6 +10,7 @@ one event loop; the steps run in a thread of their own.
 import asyncio
 import threading
 import time
+from collections import Counter
 from collections.abc import (
     AsyncGenerator,
     AsyncIterator,
@@ -35,7 +36,7 @@ from s2ft_ray.serving.adapter_store import AdapterStore
 from s2ft_ray.serving.batched_layers import BatchedLayers, hidden_size_of
 from s2ft_ray.serving.batching import Batching
 from s2ft_ray.serving.device_slots import DeviceSlots, Slot
-from s2ft_ray.serving.engine_stats import EngineStats, Resident
+from s2ft_ray.serving.engine_stats import AdapterEvents, EngineStats, Resident
 from s2ft_ray.serving.grammar import Grammars
 from s2ft_ray.serving.passage import Passage
 from s2ft_ray.serving.requests import (
@@ -90,13 +91,14 @@ class Engine:
         self._model = model.eval().requires_grad_(False)
         self._eos_token_ids = _eos_token_ids(model, tokenizer)
         self._grammars = Grammars(tokenizer, model.config.get_text_config().vocab_size)
+        self.events = AdapterEvents()
         self._slots = DeviceSlots(
-            hidden_size_of(model), model.dtype, model.device, size_bytes=slot_bytes
+            hidden_size_of(model), model.dtype, model.device, slot_bytes, self.events
         )
         self.base_fingerprint = base_fingerprint(model)
-        self._store = AdapterStore(load, self.base_fingerprint, host_bytes)
+        self._store = AdapterStore(load, self.base_fingerprint, host_bytes, self.events)
         self._layers = BatchedLayers(model, self._slots)
-        self._residency = Residency(self._slots, self._store, self._layers.prepare)
+        self._residency = Residency(self._slots, self._store, self._layers.prepare, self.events)
         self._batching = Batching(
             model,
             self._choose,
@@ -251,10 +253,10 @@ class Engine:
             device_bytes=self._slots.size_bytes,
             device_used_bytes=self._slots.used_bytes,
             host_used_bytes=self._store.used_bytes,
-            num_loads=self._store.num_loads,
-            num_hits=self._residency.num_hits,
-            num_misses=self._residency.num_misses,
-            num_evictions=self._slots.num_evictions,
+            num_loads=self.events.total("load"),
+            num_hits=self.events.total("hit"),
+            num_misses=self.events.total("miss"),
+            num_evictions=self.events.total("eviction"),
             num_steps=self._batching.num_steps,
             num_shared_tokens=self._batching.num_shared_tokens,
             on_device=tuple(slot.key for slot in self._slots),
@@ -267,8 +269,10 @@ class Engine:
             for slot in self._slots
         ]
         on_device = {resident.key for resident in residents}
+        # a dedicated one has no slot that counts its users
+        running = Counter(it.owner[1] for it in self._running.values())
         return residents + [
-            Resident(key, "host", size)
+            Resident(key, "host", size, running[key])
             for key, size in self._store.sizes().items()
             if key not in on_device
         ]

@@ -1,9 +1,28 @@
 """What an engine tells of itself: plain values for metrics and for `s2ft adapters list`."""
 
-from dataclasses import dataclass
+from collections import Counter
+from dataclasses import dataclass, field
 from typing import Literal
 
 from s2ft_ray.serving.requests import AdapterKey
+
+Event = Literal["hit", "miss", "load", "eviction"]
+
+
+@dataclass
+class AdapterEvents:
+    """How often each adapter was on the device when it was asked for, or was not, was loaded into
+    host memory, and was evicted from the device."""
+
+    counts: Counter[tuple[AdapterKey, Event]] = field(default_factory=Counter)
+
+    def add(self, key: AdapterKey, event: Event) -> None:
+        """Count an event."""
+        self.counts[key, event] += 1
+
+    def total(self, event: Event) -> int:
+        """Return how often it was over all adapters."""
+        return sum(count for (_, other), count in self.counts.items() if other == event)
 
 
 @dataclass(frozen=True)

@@ -4,12 +4,14 @@ Invariant: tags are names of models and tenants, never keys, prompts or request 
 told by name and version, so that a new version can be compared with the old one.
 """
 
+from collections import Counter
 from dataclasses import fields
 
 from ray.serve import metrics
 
 from s2ft_ray.serving.bodies import Usage
-from s2ft_ray.serving.engine_stats import EngineStats
+from s2ft_ray.serving.engine_stats import AdapterEvents, EngineStats, Event, Resident
+from s2ft_ray.serving.requests import AdapterKey
 from s2ft_ray.serving.routes import ServedRequest, tags_of
 
 _TAGS = ("model", "version", "tenant")
@@ -72,6 +74,19 @@ class TokenMetrics:
             "s2ft_engine", "What the engine tells of itself, by name.", tag_keys=("figure",)
         )
 
+        self._events = metrics.Counter(
+            "s2ft_adapter_events_total",
+            "An adapter's hits and misses on the device, loads and evictions.",
+            tag_keys=(*_TAGS, "event"),
+        )
+        self._told: Counter[tuple[AdapterKey, Event]] = Counter()
+        self._bytes = metrics.Gauge(
+            "s2ft_adapter_bytes",
+            "What an adapter takes of a tier's memory.",
+            tag_keys=(*_TAGS, "tier"),
+        )
+        self._held: set[tuple[AdapterKey, str]] = set()
+
     def first_token(self, request: ServedRequest, seconds: float) -> None:
         """Count the time from a request's arrival to its first token."""
         self._first.observe(seconds, tags_of(request.route, request.tenant))
@@ -94,3 +109,20 @@ class TokenMetrics:
             value = getattr(stats, figure.name)
             number = len(value) if isinstance(value, tuple) else value
             self._engine.set(number, {"figure": figure.name})
+
+    def adapters(self, events: AdapterEvents, residents: list[Resident]) -> None:
+        """Tell each adapter's events since the last time, and its bytes."""
+        for (key, event), count in (events.counts - self._told).items():
+            self._events.inc(count, {**_owner_tags(key), "event": event})
+        self._told = Counter(events.counts)
+        held = {(it.key, str(it.tier)): it.size_bytes for it in residents}
+        for key, tier in self._held - held.keys():
+            self._bytes.set(0, {**_owner_tags(key), "tier": tier})
+        for (key, tier), size_bytes in held.items():
+            self._bytes.set(size_bytes, {**_owner_tags(key), "tier": tier})
+        self._held = set(held)
+
+
+def _owner_tags(key: AdapterKey) -> dict[str, str]:
+    """Return an adapter's tags; its tenant is the owner's, whoever asks for it."""
+    return {"model": key.name, "version": key.version, "tenant": key.name.partition(".")[0]}

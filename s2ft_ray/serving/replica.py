@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 from ray import serve
 
 from s2ft_ray.errors import ConfigError, JobError, S2FTError, ServingError
+from s2ft_ray.registry import list_kept
 from s2ft_ray.serving.handles import WATCHER, WatcherHandle
 from s2ft_ray.serving.metrics import TokenMetrics
 from s2ft_ray.serving.placements import Placements, check_undedicated
@@ -141,9 +142,9 @@ class Replica:
         self._engine.drop(key)
 
     async def adapters(self) -> list[dict[str, Any]]:
-        """Return what the engine holds of each adapter."""
+        """Return what the engine holds of each adapter, and what lies on this node's disk."""
         now, replica = time.time(), serve.get_replica_context().replica_id.unique_id
-        return [
+        held = [
             {
                 "replica": replica,
                 "name": resident.key.name,
@@ -156,6 +157,23 @@ class Replica:
                 **self._uses.describe(resident.key, now),
             }
             for resident in self._engine.residents()
+        ]
+        in_memory = {(adapter["name"], adapter["version"]) for adapter in held}
+        return held + [
+            {
+                "replica": replica,
+                "name": kept.name,
+                "version": kept.version,
+                "fingerprint": None,
+                "tier": "disk",
+                "bytes": kept.size_bytes,
+                "running": 0,
+                "placement": None,
+                "last_used": kept.wanted_at,
+                "requests_per_minute": 0,
+            }
+            for kept in await asyncio.to_thread(list_kept)
+            if (kept.name, kept.version) not in in_memory
         ]
 
     async def check_health(self) -> None:
@@ -203,6 +221,7 @@ class Replica:
     async def _report(self) -> None:
         while True:
             self._metrics.engine(self._engine.stats())
+            self._metrics.adapters(self._engine.events, self._engine.residents())
             await asyncio.sleep(_STATS_S)
 
 

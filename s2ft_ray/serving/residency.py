@@ -17,6 +17,7 @@ from s2ft_ray.errors import ServingError
 from s2ft_ray.method import Adapter
 from s2ft_ray.serving.adapter_store import AdapterStore
 from s2ft_ray.serving.device_slots import DeviceSlots, Slot
+from s2ft_ray.serving.engine_stats import AdapterEvents
 from s2ft_ray.serving.requests import AdapterKey
 
 # So long an adapter stays before it is drained for another: about what a load costs.
@@ -40,6 +41,7 @@ class Residency:
         slots: DeviceSlots,
         store: AdapterStore,
         prepare: Callable[[AdapterKey, Adapter], None],
+        events: AdapterEvents,
     ) -> None:
         """`prepare` sees an adapter before its first use, and raises where it can't be served."""
         self.slots = slots
@@ -49,8 +51,7 @@ class Residency:
         self._turns: OrderedDict[str | None, deque[_Waiting]] = OrderedDict()
         self._placing: asyncio.Task[None] | None = None
         self._timer: asyncio.TimerHandle | None = None
-        self.num_hits = 0
-        self.num_misses = 0
+        self._events = events
 
     @property
     def num_waiting(self) -> int:
@@ -60,9 +61,9 @@ class Residency:
     async def acquire(self, key: AdapterKey, tenant: str | None = None) -> Slot:
         """Return the adapter's slot, in use until `release`. Raises what loading it raises."""
         if slot := self._ready(key):
-            self.num_hits += 1
+            self._events.add(key, "hit")
             return self._use(slot)
-        self.num_misses += 1
+        self._events.add(key, "miss")
         adapter = await self._store.get(key)
         if slot := self._ready(key):  # another request brought it meanwhile
             return self._use(slot)

@@ -183,11 +183,29 @@ class Service:
         await self._watcher.wake()
 
     async def adapters(self) -> list[dict[str, Any]]:
-        """Return what the replicas hold, by base."""
-        return [
+        """Return what the replicas hold, by base, and the live adapters that none of them holds."""
+        held = [
             {"base": base_id, **adapter}
             for base_id, base in self._bases.items()
             for adapter in await base.adapters()
+        ]
+        known = {(adapter["name"], adapter["version"]) for adapter in held}
+        return held + [
+            {
+                "base": route.base_id,
+                "replica": None,
+                "name": key.name,
+                "version": int(key.version),
+                "fingerprint": key.fingerprint,
+                "tier": "registry",
+                "bytes": None,
+                "running": 0,
+                "placement": None,
+                "last_used": None,
+                "requests_per_minute": 0,
+            }
+            for key, route in self._catalog.live().items()
+            if (key.name, int(key.version)) not in known
         ]
 
     def _check_owner(self, name: str, caller: Caller) -> None:

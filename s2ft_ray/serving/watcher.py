@@ -276,10 +276,11 @@ class Watcher:
             return
         old = self._catalog
         self._catalog = replace(changed, revision=(self._epoch, old.revision[1] + 1))
-        for key, base_id in _live(old).items():
-            if key not in _live(changed):
+        live = changed.live()
+        for key, route in old.live().items():
+            if key not in live:
                 self._pinned.pop((key.name, int(key.version)), None)
-                task = asyncio.create_task(self._release(key, base_id))
+                task = asyncio.create_task(self._release(key, route.base_id))
                 self._releases.add(task)
                 task.add_done_callback(self._releases.discard)
         async with self._changed:
@@ -287,21 +288,12 @@ class Watcher:
 
     async def _release(self, key: AdapterKey, base_id: str) -> None:
         await asyncio.sleep(_RELEASE_AFTER_S)
-        if key in _live(self._catalog):
+        if key in self._catalog.live():
             return  # rolled back to meanwhile
         try:
             await self._bases[base_id].release(key)
         except Exception:  # the replica's own eviction gets it
             log.warning("%s: can't be released", key, exc_info=True)
-
-
-def _live(catalog: Catalog) -> dict[AdapterKey, str]:
-    return {
-        route.adapter: route.base_id
-        for model in catalog.models.values()
-        for route in model.live.values()
-        if route.adapter is not None
-    }
 
 
 def _version(route: Route) -> int:

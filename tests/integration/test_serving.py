@@ -374,6 +374,9 @@ def test_the_operator_sees_metrics_and_adapters(service: Service) -> None:
     counted = [line for line in lines if line.startswith("ray_s2ft_requests_total{")]
     assert any('model="initech.swapped"' in line and 'tenant="initech"' in line for line in counted)
     assert not any(key in line for line in lines for key in service.keys.values())
+    for wanted in ('event="load"', 'event="hit"', 'tier="device"'):
+        owned = ("ray_s2ft_adapter_", 'model="initech.served"', 'tenant="initech"', wanted)
+        assert any(all(part in line for part in owned) for line in lines), wanted
 
     command = [str(BIN / "s2ft"), "adapters", "list", "--json", "--url", service.url]
     shown = subprocess.run(

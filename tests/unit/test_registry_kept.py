@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from mlflow.exceptions import MlflowException
 
-from s2ft_ray.registry import forget_kept, resolution, trim_kept
+from s2ft_ray.registry import KeptAdapter, forget_kept, list_kept, resolution, trim_kept
 from s2ft_ray.registry.kept import kept_folder, note_read
 
 VERSIONS = ["1", "2", "3"]
@@ -35,6 +35,14 @@ def test_what_was_wanted_longest_ago_goes_first(kept: list[Path]) -> None:
     note_read(kept[0])
     assert trim_kept(2500) == 2000
     assert left(kept) == ["1", "3"]
+
+
+def test_what_is_kept_is_listed_with_its_bytes_and_last_use(kept: list[Path]) -> None:
+    (kept[1].parent / "removed-0").mkdir()
+    assert list_kept() == [
+        KeptAdapter("acme.bot", int(version), 1000, float(place))
+        for place, version in enumerate(VERSIONS)
+    ]
 
 
 def test_the_last_one_stays_and_nothing_else_does(kept: list[Path]) -> None:

@@ -384,7 +384,10 @@ def test_operators_only(site: Site) -> None:
         reply = site.http.get(path, headers={"Authorization": "Bearer key-acme"})
         assert reply.status_code == 403
     reply = site.http.get("/v1/adapters", headers={"Authorization": "Bearer key-operator"})
-    assert reply.json()["data"] == [{"base": BASE, "name": "acme.bot", "version": 1}]
+    held, elsewhere = reply.json()["data"]
+    assert held == {"base": BASE, "name": "acme.bot", "version": 1}
+    assert (elsewhere["name"], elsewhere["version"]) == ("globex.bot", 1)
+    assert (elsewhere["tier"], elsewhere["replica"], elsewhere["bytes"]) == ("registry", None, None)
 
 
 def test_keys_are_in_no_log(site: Site, caplog: pytest.LogCaptureFixture) -> None:

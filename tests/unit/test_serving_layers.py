@@ -11,6 +11,7 @@ from s2ft_ray.errors import AdapterError
 from s2ft_ray.method import Adapter, AdapterSlice, BaseInfo
 from s2ft_ray.serving.batched_layers import BatchedLayers
 from s2ft_ray.serving.device_slots import DeviceSlots, Slot
+from s2ft_ray.serving.engine_stats import AdapterEvents
 from s2ft_ray.serving.requests import AdapterKey
 from s2ft_ray.serving.routing import Routing
 
@@ -95,7 +96,7 @@ def test_any_mix_of_tokens_gets_what_each_adapter_alone_gives(
     torch.manual_seed(seed)
     draw = torch.Generator().manual_seed(seed)
     model = Model(dtype)
-    slots = DeviceSlots(WIDTH, dtype, torch.device("cpu"), 2**14)
+    slots = DeviceSlots(WIDTH, dtype, torch.device("cpu"), 2**14, AdapterEvents())
     layers = BatchedLayers(model, slots)
     adapters = [make_adapter(draw, *size) for size in of]
     placed = [place(slots, layers, adapter, i) for i, adapter in enumerate(adapters)]
@@ -119,7 +120,7 @@ def test_any_mix_of_tokens_gets_what_each_adapter_alone_gives(
 def test_single_tokens_of_many_alike_adapters_are_one_product_where_that_is_faster() -> None:
     draw = torch.Generator().manual_seed(0)
     model = Model(torch.float32)
-    slots = DeviceSlots(WIDTH, torch.float32, torch.device("cpu"), 2**14)
+    slots = DeviceSlots(WIDTH, torch.float32, torch.device("cpu"), 2**14, AdapterEvents())
     layers = BatchedLayers(model, slots)
     adapters = [make_adapter(draw, 3, 4) for _ in range(9)]
     ranges = [(place(slots, layers, it, i), i, i + 1) for i, it in enumerate(adapters)]
@@ -141,7 +142,7 @@ def test_without_a_routing_the_model_is_the_base_bitwise() -> None:
     model = Model(torch.float32)
     x = torch.randn(3, WIDTH)
     before = model.out(x)
-    slots = DeviceSlots(WIDTH, torch.float32, torch.device("cpu"), 2**14)
+    slots = DeviceSlots(WIDTH, torch.float32, torch.device("cpu"), 2**14, AdapterEvents())
     layers = BatchedLayers(model, slots)
     slot = place(slots, layers, make_adapter(torch.Generator(), 3, 3), 0)
     assert torch.equal(model.out(x), before)
@@ -155,7 +156,7 @@ def test_without_a_routing_the_model_is_the_base_bitwise() -> None:
 
 
 def test_an_adapter_of_a_module_that_the_base_lacks_is_refused() -> None:
-    slots = DeviceSlots(WIDTH, torch.float32, torch.device("cpu"), 2**14)
+    slots = DeviceSlots(WIDTH, torch.float32, torch.device("cpu"), 2**14, AdapterEvents())
     layers = BatchedLayers(Model(torch.float32), slots)
     part = AdapterSlice("in", torch.arange(2).int(), torch.zeros(WIDTH, 2))
     foreign = Adapter({"elsewhere": part}, BaseInfo(None, None, "b"), S2FTConfig())

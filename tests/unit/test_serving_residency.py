@@ -14,6 +14,7 @@ from s2ft_ray.method import Adapter, AdapterSlice, BaseInfo
 from s2ft_ray.serving import residency as residency_module
 from s2ft_ray.serving.adapter_store import AdapterStore
 from s2ft_ray.serving.device_slots import DeviceSlots, Slot
+from s2ft_ray.serving.engine_stats import AdapterEvents
 from s2ft_ray.serving.requests import AdapterKey
 from s2ft_ray.serving.residency import Residency
 
@@ -50,9 +51,12 @@ class World:
         self.keys = list(self.adapters)
         self.loaded: list[AdapterKey] = []
         self.load_s = 0.0
-        self.slots = DeviceSlots(WIDTH, torch.float32, torch.device("cpu"), num_rows * ROW_BYTES)
-        self.store = AdapterStore(self._load, "b", host_bytes)
-        self.residency = Residency(self.slots, self.store, lambda _key, _adapter: None)
+        self.events = AdapterEvents()
+        self.slots = DeviceSlots(
+            WIDTH, torch.float32, torch.device("cpu"), num_rows * ROW_BYTES, self.events
+        )
+        self.store = AdapterStore(self._load, "b", host_bytes, self.events)
+        self.residency = Residency(self.slots, self.store, lambda _key, _adapter: None, self.events)
 
     def _load(self, key: AdapterKey) -> Adapter:
         self.loaded.append(key)
@@ -197,7 +201,7 @@ def test_the_store_stays_within_its_bytes_and_forgets_the_least_recently_used() 
 def test_the_store_refuses_another_adapter_and_another_base(given: Adapter, message: str) -> None:
     expected = make_adapter(0) if message == "the registry names" else given
     key = AdapterKey("t.a", "1", expected.fingerprint)
-    store = AdapterStore(lambda _: given, "b", 10**6)
+    store = AdapterStore(lambda _: given, "b", 10**6, AdapterEvents())
     with pytest.raises(AdapterError, match=message):
         asyncio.run(store.get(key))
     assert store.used_bytes == 0
@@ -396,7 +400,7 @@ def test_loads_that_hang_keep_nobody_from_other_threads() -> None:
     async def ask() -> int:
         loop = asyncio.get_running_loop()
         loop.set_default_executor(ThreadPoolExecutor(1))
-        store = AdapterStore(hang, "b", 10**6)
+        store = AdapterStore(hang, "b", 10**6, AdapterEvents())
         loads = [
             asyncio.create_task(store.get(AdapterKey(f"t.{i}", "1", make_adapter(0).fingerprint)))
             for i in range(8)
@@ -415,6 +419,6 @@ def test_a_load_without_memory_is_no_fault_of_the_request(error: Exception) -> N
     def fail(_key: AdapterKey) -> Adapter:
         raise error
 
-    store = AdapterStore(fail, "b", 10**6)
+    store = AdapterStore(fail, "b", 10**6, AdapterEvents())
     with pytest.raises(ServingError, match=r"t\.a:1: can't be loaded: .*memory"):
         asyncio.run(store.get(AdapterKey("t.a", "1", "f")))
