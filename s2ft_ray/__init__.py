@@ -13,10 +13,11 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 __all__ = ["Adapter", "S2FTConfig", "convert", "extract_adapter", "fuse", "restore"]
 
+if not TYPE_CHECKING:  # a checker would believe every name of it
 
-def __getattr__(name: str) -> Any:
-    if name in __all__:
-        from s2ft_ray import method
+    def __getattr__(name: str) -> Any:
+        if name in __all__:
+            from s2ft_ray import method
 
-        return getattr(method, name)
-    raise AttributeError(f"module 's2ft_ray' has no attribute {name!r}")
+            return getattr(method, name)
+        raise AttributeError(f"module 's2ft_ray' has no attribute {name!r}")

@@ -7,6 +7,7 @@ is nobody to do it to, it raises MissedError.
 import contextlib
 import os
 import random
+import select
 import signal
 import sqlite3
 import subprocess
@@ -50,10 +51,9 @@ class SecondNode:
         with path.open("ab") as log:
             self._process = subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=log)
         assert self._process.stdout is not None
-        while line := self._process.stdout.readline():
-            if line == b"up\n":
-                return
-        raise AssertionError(f"the second node can't join: {path.read_text()[-2000:]}")
+        told, _, _ = select.select([self._process.stdout], [], [], PATIENCE_S)
+        if not told or self._process.stdout.readline() != b"up\n":
+            raise AssertionError(f"the second node can't join: {path.read_text()[-2000:]}")
 
     def family(self) -> list[psutil.Process]:
         """Return the node's processes, without the command that started it."""

@@ -70,6 +70,8 @@ class Soak:
         self.expected: str | None = None
         self.attempts: Counter[int] = Counter()
         self.done: Counter[str] = Counter()
+        self.undone: list[str] = []
+        """Faults of this round that the soak couldn't do."""
 
     def round(self, number: int, num_jobs: int, faults: list[str]) -> list[str]:
         """Submit, disturb, wait; return what is wrong."""
@@ -87,7 +89,8 @@ class Soak:
             time.sleep(1.0)
         for timer in timers:
             timer.join()
-        wrong = [fault for job_id in ids for fault in self._check(job_id)]
+        wrong = self.undone + [fault for job_id in ids for fault in self._check(job_id)]
+        self.undone = []
         attempts = [self.store.job(job_id).attempt for job_id in ids]
         self.attempts.update(attempts)
         took_s = time.monotonic() - started
@@ -137,6 +140,9 @@ class Soak:
             self.done[fault] += 1
         except MissedError as missed:
             told = f"missed, {missed}"
+        except Exception as error:  # noqa: BLE001 - what the soak itself can't do is told as wrong
+            told = f"can't be done: {type(error).__name__}: {error}"
+            self.undone.append(f"{fault} {told}")
         print(f"  {time.strftime('%X')} {fault}: {told}", flush=True)
 
 

@@ -42,6 +42,8 @@ def main() -> int:
         for number in range(1, args.rounds + 1):
             faults = rng.sample(args.faults, min(args.faults_a_round, len(args.faults)))
             wrong += chaos.round(number, faults)
+    # what came in after the last round, when nothing was done any more
+    wrong += chaos.check()
     for fault, count in sorted(chaos.done.items()):
         print(f"{fault}: {count} times, longest pause of its rounds {chaos.pauses[fault]:.1f} s")
     print(f"{len(load.answers)} answers, {len(load.broken)} broke off")

@@ -20,10 +20,11 @@ __all__ = [
     "resolve_base",
 ]
 
+if not TYPE_CHECKING:  # a checker would believe every name of it
 
-def __getattr__(name: str) -> Any:
-    if name in __all__:
-        from s2ft_ray.bases import loading
+    def __getattr__(name: str) -> Any:
+        if name in __all__:
+            from s2ft_ray.bases import loading
 
-        return getattr(loading, name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+            return getattr(loading, name)
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

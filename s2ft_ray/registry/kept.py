@@ -5,10 +5,12 @@ right; it is checked by its fingerprint whenever it is read. Invariant: removing
 another fetch and nothing else.
 """
 
+import json
 import os
 import re
 import shutil
 import uuid
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -34,23 +36,24 @@ class KeptAdapter:
 
     name: str
     version: int
+    base_fingerprint: str
     size_bytes: int
     wanted_at: float
     """Seconds since the epoch, of the last time."""
 
 
 def list_kept() -> list[KeptAdapter]:
-    """Return the versions in the cache, by name and version."""
+    """Return the versions in the cache, by name and version; none that can't be read."""
     kept = []
-    for folder in s2ft_home().joinpath("adapters").glob("*/*"):
-        if _KEPT.match(folder.name):
-            version = int(folder.name.partition("-")[0])
-            try:
-                entry = folder.stat()
-                size = _size_bytes(folder)
-            except FileNotFoundError:  # another process has removed it
-                continue
-            kept.append(KeptAdapter(folder.parent.name, version, size, entry.st_mtime))
+    for wanted_at_ns, size_bytes, folder in _kept():
+        try:
+            text = (folder / "adapter_config.json").read_text(encoding="utf-8")
+            base_fingerprint = str(json.loads(text)["base"]["fingerprint"])
+        except (OSError, ValueError, KeyError, TypeError):  # damaged: it is fetched again
+            continue
+        version = int(folder.name.partition("-")[0])
+        name, wanted_at = folder.parent.name, wanted_at_ns / 1e9
+        kept.append(KeptAdapter(name, version, base_fingerprint, size_bytes, wanted_at))
     return sorted(kept, key=lambda it: (it.name, it.version))
 
 
@@ -59,20 +62,24 @@ def trim_kept(size_bytes: int) -> int:
 
     The one that was wanted last stays, whatever its size.
     """
-    kept = []
-    for folder in s2ft_home().joinpath("adapters").glob("*/*"):
-        if _KEPT.match(folder.name):
-            try:
-                kept.append((folder.stat().st_mtime_ns, _size_bytes(folder), folder))
-            except FileNotFoundError:  # another process has removed it
-                continue
+    kept = sorted(_kept())
     used = sum(size for _, size, _ in kept)
-    for _, size, folder in sorted(kept)[:-1]:
+    for _, size, folder in kept[:-1]:
         if used <= size_bytes:
             break
         _remove(folder)
         used -= size
     return used
+
+
+def _kept() -> Iterator[tuple[int, int, Path]]:
+    """Yield when each was wanted last, in ns, its bytes and its folder."""
+    for folder in s2ft_home().joinpath("adapters").glob("*/*"):
+        if _KEPT.match(folder.name):
+            try:
+                yield folder.stat().st_mtime_ns, _size_bytes(folder), folder
+            except FileNotFoundError:  # another process has removed it
+                continue
 
 
 def forget_kept(folder: Path) -> bool:

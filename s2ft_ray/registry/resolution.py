@@ -150,10 +150,8 @@ def _is_disk_full(error: BaseException | None) -> bool:
 def _data_folder(model: Path) -> Path:
     try:
         return model.joinpath(Model.load(str(model)).flavors[FLAVOR_NAME][DATA])
-    except (MlflowException, OSError, YAMLError, KeyError, TypeError, ValueError) as error:
-        raise AdapterError(
-            f"{model}: its MLmodel doesn't describe an adapter: {type(error).__name__}: {error}"
-        ) from error
+    except (MlflowException, YAMLError, KeyError, TypeError, ValueError) as error:
+        raise AdapterError("its MLmodel is missing, or describes no adapter") from error
 
 
 def find_version(client: MlflowClient, ref: ModelRef) -> ModelVersion:

@@ -31,6 +31,7 @@ class AdapterStore:
         self._base = base
         self._size_bytes = size_bytes
         self._kept: OrderedDict[AdapterKey, Adapter] = OrderedDict()
+        self._sizes: dict[AdapterKey, int] = {}
         self._coming: dict[AdapterKey, asyncio.Task[Adapter]] = {}
         # threads of their own: loads that hang keep nobody from an adapter that is here already
         self._threads = ThreadPoolExecutor(_LOADS_AT_ONCE, thread_name_prefix="adapter-load")
@@ -56,12 +57,16 @@ class AdapterStore:
 
     def sizes(self) -> dict[AdapterKey, int]:
         """Return the bytes of each adapter that is kept."""
-        return {key: _size_bytes(adapter) for key, adapter in self._kept.items()}
+        return dict(self._sizes)
 
     def forget(self, key: AdapterKey) -> None:
         """Drop an adapter from host memory."""
-        if adapter := self._kept.pop(key, None):
-            self.used_bytes -= _size_bytes(adapter)
+        if self._kept.pop(key, None):
+            self.used_bytes -= self._sizes.pop(key)
+
+    def close(self) -> None:
+        """End the loading threads, without waiting for what hangs."""
+        self._threads.shutdown(wait=False, cancel_futures=True)
 
     async def _fetch(self, key: AdapterKey) -> Adapter:
         try:
@@ -91,10 +96,11 @@ class AdapterStore:
 
     def _keep(self, key: AdapterKey, adapter: Adapter) -> None:
         self._kept[key] = adapter
-        self.used_bytes += _size_bytes(adapter)
+        self._sizes[key] = _size_bytes(adapter)
+        self.used_bytes += self._sizes[key]
         while self.used_bytes > self._size_bytes:
-            _, oldest = self._kept.popitem(last=False)
-            self.used_bytes -= _size_bytes(oldest)
+            oldest, _ = self._kept.popitem(last=False)
+            self.used_bytes -= self._sizes.pop(oldest)
 
 
 def _look_at(task: asyncio.Task[Adapter]) -> None:

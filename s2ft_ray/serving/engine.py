@@ -36,7 +36,7 @@ from s2ft_ray.serving.adapter_store import AdapterStore
 from s2ft_ray.serving.batched_layers import BatchedLayers, hidden_size_of
 from s2ft_ray.serving.batching import Batching
 from s2ft_ray.serving.device_slots import DeviceSlots, Slot
-from s2ft_ray.serving.engine_stats import AdapterEvents, EngineStats, Resident
+from s2ft_ray.serving.engine_stats import AdapterEvents, EngineStats, Resident, Tier
 from s2ft_ray.serving.grammar import Grammars
 from s2ft_ray.serving.passage import Passage
 from s2ft_ray.serving.requests import (
@@ -121,6 +121,7 @@ class Engine:
         self._composition: list[tuple[Slot | None, int]] = []
         self._stuck_after_s = stuck_after_s
         self._busy_since: float | None = None
+        self._is_stopped = False
 
     def start(self) -> None:
         """Start the batching loop."""
@@ -129,7 +130,10 @@ class Engine:
     def stop(self, timeout_s: float = 30.0) -> None:
         """Finish what runs within `timeout_s`, fail the rest, and leave the model plain."""
         self._batching.stop(timeout_s)
-        self._scorer.shutdown(wait=False)
+        # what is being scored needs the layers as they are; what waits for it is told
+        self._scorer.shutdown(cancel_futures=True)
+        self._store.close()
+        self._is_stopped = True
         self._layers.remove()
         if self._dedicated is not None:
             self._dedicated[1].switch_out(self._model)
@@ -170,6 +174,8 @@ class Engine:
         Runs between two steps of the batching. Raises as `generate` does.
         """
         self._check_length(prompt_ids, 0)
+        if self._is_stopped:
+            raise ServingError("the engine is stopped")
 
         async def score() -> list[PromptLogprob]:
             async with self._in_use(adapter, tenant) as slot:
@@ -178,6 +184,10 @@ class Engine:
                 )
 
         return await _to_its_end(score())
+
+    async def fetch(self, key: AdapterKey) -> Adapter:
+        """Return an adapter, which is in host memory from then on. Raises as `generate` does."""
+        return await self._store.get(key)
 
     async def prewarm(self, key: AdapterKey, tenant: str | None = None) -> None:
         """Bring an adapter to the device. Raises as `generate` does."""
@@ -253,14 +263,21 @@ class Engine:
             device_bytes=self._slots.size_bytes,
             device_used_bytes=self._slots.used_bytes,
             host_used_bytes=self._store.used_bytes,
-            num_loads=self.events.total("load"),
-            num_hits=self.events.total("hit"),
-            num_misses=self.events.total("miss"),
-            num_evictions=self.events.total("eviction"),
+            num_loads=self.events.totals["load"],
+            num_hits=self.events.totals["hit"],
+            num_misses=self.events.totals["miss"],
+            num_evictions=self.events.totals["eviction"],
             num_steps=self._batching.num_steps,
             num_shared_tokens=self._batching.num_shared_tokens,
             on_device=tuple(slot.key for slot in self._slots),
         )
+
+    def memory(self) -> dict[tuple[AdapterKey, Tier], int]:
+        """Return the bytes of each adapter at each place that it has."""
+        taken: dict[tuple[AdapterKey, Tier], int] = {
+            (slot.key, "device"): self._slots.slot_bytes(slot) for slot in self._slots
+        }
+        return taken | {(key, "host"): size for key, size in self._store.sizes().items()}
 
     def residents(self) -> list[Resident]:
         """Return the adapters in memory, each at its fastest place."""

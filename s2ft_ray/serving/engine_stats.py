@@ -7,6 +7,7 @@ from typing import Literal
 from s2ft_ray.serving.requests import AdapterKey
 
 Event = Literal["hit", "miss", "load", "eviction"]
+Tier = Literal["device", "host"]
 
 
 @dataclass
@@ -14,15 +15,19 @@ class AdapterEvents:
     """How often each adapter was on the device when it was asked for, or was not, was loaded into
     host memory, and was evicted from the device."""
 
-    counts: Counter[tuple[AdapterKey, Event]] = field(default_factory=Counter)
+    totals: Counter[Event] = field(default_factory=Counter)
+    """Over all adapters."""
+    _new: Counter[tuple[AdapterKey, Event]] = field(default_factory=Counter)
 
     def add(self, key: AdapterKey, event: Event) -> None:
         """Count an event."""
-        self.counts[key, event] += 1
+        self.totals[event] += 1
+        self._new[key, event] += 1
 
-    def total(self, event: Event) -> int:
-        """Return how often it was over all adapters."""
-        return sum(count for (_, other), count in self.counts.items() if other == event)
+    def take(self) -> Counter[tuple[AdapterKey, Event]]:
+        """Return what was counted since this was called last."""
+        taken, self._new = self._new, Counter()
+        return taken
 
 
 @dataclass(frozen=True)
@@ -50,7 +55,7 @@ class Resident:
     """An adapter in memory."""
 
     key: AdapterKey
-    tier: Literal["device", "host"]
+    tier: Tier
     size_bytes: int
     num_running: int = 0
     """Requests that it answers now."""

@@ -103,9 +103,9 @@ class WatcherHandle:
         placed = await _answer_of(self._handle.place.remote(name, alias, placement))
         return cast(ApiError | None, placed)
 
-    async def wake(self) -> None:
+    async def wake(self) -> ApiError | None:
         """Have it look at the registry now."""
-        await self._handle.wake.remote()
+        return cast(ApiError | None, await _answer_of(self._handle.wake.remote()))
 
     async def rollback(self, name: str, alias: str) -> AliasMove | ApiError:
         """Move an alias back."""

@@ -4,13 +4,13 @@ Invariant: tags are names of models and tenants, never keys, prompts or request 
 told by name and version, so that a new version can be compared with the old one.
 """
 
-from collections import Counter
+from collections.abc import Mapping
 from dataclasses import fields
 
 from ray.serve import metrics
 
 from s2ft_ray.serving.bodies import Usage
-from s2ft_ray.serving.engine_stats import AdapterEvents, EngineStats, Event, Resident
+from s2ft_ray.serving.engine_stats import EngineStats, Event, Tier
 from s2ft_ray.serving.requests import AdapterKey
 from s2ft_ray.serving.routes import ServedRequest, tags_of
 
@@ -79,13 +79,12 @@ class TokenMetrics:
             "An adapter's hits and misses on the device, loads and evictions.",
             tag_keys=(*_TAGS, "event"),
         )
-        self._told: Counter[tuple[AdapterKey, Event]] = Counter()
         self._bytes = metrics.Gauge(
             "s2ft_adapter_bytes",
             "What an adapter takes of a tier's memory.",
             tag_keys=(*_TAGS, "tier"),
         )
-        self._held: set[tuple[AdapterKey, str]] = set()
+        self._held: set[tuple[AdapterKey, Tier]] = set()
 
     def first_token(self, request: ServedRequest, seconds: float) -> None:
         """Count the time from a request's arrival to its first token."""
@@ -110,17 +109,19 @@ class TokenMetrics:
             number = len(value) if isinstance(value, tuple) else value
             self._engine.set(number, {"figure": figure.name})
 
-    def adapters(self, events: AdapterEvents, residents: list[Resident]) -> None:
-        """Tell each adapter's events since the last time, and its bytes."""
-        for (key, event), count in (events.counts - self._told).items():
+    def adapters(
+        self,
+        events: Mapping[tuple[AdapterKey, Event], int],
+        memory: Mapping[tuple[AdapterKey, Tier], int],
+    ) -> None:
+        """Tell each adapter's new `events`, and its bytes at each place in `memory`."""
+        for (key, event), count in events.items():
             self._events.inc(count, {**_owner_tags(key), "event": event})
-        self._told = Counter(events.counts)
-        held = {(it.key, str(it.tier)): it.size_bytes for it in residents}
-        for key, tier in self._held - held.keys():
+        for key, tier in self._held - memory.keys():
             self._bytes.set(0, {**_owner_tags(key), "tier": tier})
-        for (key, tier), size_bytes in held.items():
+        for (key, tier), size_bytes in memory.items():
             self._bytes.set(size_bytes, {**_owner_tags(key), "tier": tier})
-        self._held = set(held)
+        self._held = set(memory)
 
 
 def _owner_tags(key: AdapterKey) -> dict[str, str]:

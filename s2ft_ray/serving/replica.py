@@ -117,7 +117,7 @@ class Replica:
         try:
             self._adapters.remember(route)
             await self._template(route)
-            adapter = await asyncio.to_thread(self._adapters.read, key)
+            adapter = await self._engine.fetch(key)
             await self._try(key, adapter)
         except (ServingError, JobError):
             raise  # of the engine, its memory or the registry: no fault of the adapter
@@ -173,7 +173,8 @@ class Replica:
                 "requests_per_minute": 0,
             }
             for kept in await asyncio.to_thread(list_kept)
-            if (kept.name, kept.version) not in in_memory
+            if kept.base_fingerprint == self._fingerprint
+            and (kept.name, kept.version) not in in_memory
         ]
 
     async def check_health(self) -> None:
@@ -221,7 +222,7 @@ class Replica:
     async def _report(self) -> None:
         while True:
             self._metrics.engine(self._engine.stats())
-            self._metrics.adapters(self._engine.events, self._engine.residents())
+            self._metrics.adapters(self._engine.events.take(), self._engine.memory())
             await asyncio.sleep(_STATS_S)
 
 

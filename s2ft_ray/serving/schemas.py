@@ -38,8 +38,12 @@ class Wire(BaseModel):
     def _check_text(cls, value: Any) -> Any:
         # JSON can hold half of a character's pair, of which no tokenizer and no reply makes bytes
         if isinstance(value, dict):
-            for key, entry in value.items():
-                _check_unicode(key, entry)
+            try:
+                for key, entry in value.items():
+                    _check_unicode(key, key)
+                    _check_unicode(key, entry)
+            except RecursionError:
+                raise ValueError("is nested too deeply") from None
         return value
 
 

@@ -70,7 +70,7 @@ class WatcherClient(Protocol):
     async def place(self, name: str, alias: str, placement: str | None) -> ApiError | None:
         """Say how an alias is kept on the replicas."""
 
-    async def wake(self) -> None:
+    async def wake(self) -> ApiError | None:
         """Have it look at the registry now."""
 
 
@@ -179,8 +179,8 @@ class Service:
         _or_raise(await self._watcher.place(name, alias, placement))
 
     async def wake(self) -> None:
-        """Have the registry looked at now."""
-        await self._watcher.wake()
+        """Have the registry looked at now. Raises ApiError."""
+        _or_raise(await self._watcher.wake())
 
     async def adapters(self) -> list[dict[str, Any]]:
         """Return what the replicas hold, by base, and the live adapters that none of them holds."""

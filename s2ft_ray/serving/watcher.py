@@ -302,10 +302,11 @@ def _version(route: Route) -> int:
 
 
 def _chat_template(folder: str) -> str | None:
-    path = Path(folder, "adapter_config.json")
     try:
-        document = json.loads(path.read_text(encoding="utf-8"))
+        document = json.loads(Path(folder, "adapter_config.json").read_text(encoding="utf-8"))
         template = ((document.get("training") or {}).get("data") or {}).get("chat_template")
-    except (OSError, ValueError, AttributeError) as error:
-        raise AdapterError(f"{path}: can't be read as an adapter's description: {error}") from error
+    except (FileNotFoundError, ValueError, AttributeError) as error:
+        raise AdapterError("its adapter_config.json is missing or damaged") from error
+    except OSError as error:
+        raise JobError(f"its adapter_config.json can't be read now: {error.strerror}") from error
     return template if isinstance(template, str) else None

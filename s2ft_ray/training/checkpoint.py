@@ -241,7 +241,10 @@ class Checkpointer:
             raise CheckpointError(self._describe(folder, causes)) from error
 
     def _on_first_worker(self, action: Callable[[], _Result]) -> _Result:
-        """Return on every worker what `action` returns on rank 0; its failure is everybody's."""
+        """Return on every worker what `action` returns on rank 0.
+
+        An OSError of it is a CheckpointError on all of them.
+        """
         told: list[Any] = [None, None]
         if self._workers.rank == 0:
             try:

@@ -1,9 +1,11 @@
 """What is done to a service under load, and what must come of it: see ``serving_chaos.py``."""
 
+import operator
 import random
 import threading
 import time
 from collections import Counter
+from collections.abc import Sequence
 
 from served_node import PARTS, PROMPTS, Load, Service
 
@@ -14,7 +16,9 @@ ASKED = (
     ("initech", "initech.swapped"),
 )
 VERSIONS = ("initech.served:1", "globex.served:1", "initech.swapped:1", "initech.swapped:2")
-ANSWERS_A_ROUND = 40
+ANSWERS_A_CLIENT = 5
+CONNECTION_ERRORS = ("APIConnectionError", "RemoteProtocolError", "ReadError", "ConnectError")
+"""What a client sees of a proxy that dies."""
 LATEST_S = 5.0
 """A fault comes so long after a round's begin at most."""
 
@@ -26,61 +30,64 @@ class Chaos:
         self.service, self.load, self.rng = service, load, rng
         self.done: Counter[str] = Counter()
         self.pauses: dict[str, float] = {}
-        """The longest time without an answer, by fault."""
+        """The longest time without an answer in a round, by fault."""
+        self._num_answers = self._num_broken = 0  # that were looked at
 
     def round(self, number: int, faults: list[str]) -> list[str]:
         """Disturb, wait until all is as before; return what is wrong."""
-        num_answers, num_broken = len(self.load.answers), len(self.load.broken)
-        started = time.monotonic()
+        started, answers, broken = time.monotonic(), self._num_answers, self._num_broken
         failed: list[str] = []
         timers = []
         for fault in faults:
             timer = threading.Timer(self.rng.uniform(0, LATEST_S), self._do, (fault, failed))
             timer.start()
             timers.append(timer)
-        pause = self._longest_pause(timers, num_answers)
-        wrong = [*failed, *self._check(faults, num_answers, num_broken)]
+        pause = self._longest_pause(timers)
+        wrong = [*failed, *self.check(faults)]
         for fault in faults:
             self.done[fault] += 1
             self.pauses[fault] = max(self.pauses.get(fault, 0.0), pause)
         print(
             f"round {number}: {', '.join(faults)}, {time.monotonic() - started:.0f} s,"
-            f" {len(self.load.answers) - num_answers} answers,"
-            f" {len(self.load.broken) - num_broken} broke off, longest pause {pause:.1f} s,"
-            f" {wrong or 'right'}",
+            f" {self._num_answers - answers} answers, {self._num_broken - broken} broke off,"
+            f" longest pause {pause:.1f} s, {wrong or 'right'}",
             flush=True,
         )
         return wrong
 
-    def _longest_pause(self, timers: list[threading.Timer], before: int) -> float:
-        """Wait for the faults and for new answers after them; return the longest time without."""
-        longest, last, count = 0.0, time.monotonic(), before
-        wanted = None
+    def _longest_pause(self, timers: list[threading.Timer]) -> float:
+        """Wait for the faults, and then for new answers of every client; return the longest time
+        without any answer."""
+        longest, last, count = 0.0, time.monotonic(), sum(self.load.counts)
+        wanted: list[int] | None = None
         deadline = last + 300.0
-        while wanted is None or len(self.load.answers) < wanted:
+        while wanted is None or any(map(operator.lt, self.load.counts, wanted)):
             assert time.monotonic() < deadline, f"no answers any more\n{self.service.logs()}"
-            if len(self.load.answers) > count:
-                count, last = len(self.load.answers), time.monotonic()
+            if (now := sum(self.load.counts)) > count:
+                count, last = now, time.monotonic()
             longest = max(longest, time.monotonic() - last)
             if wanted is None and not any(timer.is_alive() for timer in timers):
-                wanted = len(self.load.answers) + ANSWERS_A_ROUND
+                wanted = [count + ANSWERS_A_CLIENT for count in self.load.counts]
             time.sleep(0.05)
         return longest
 
-    def _check(self, faults: list[str], num_answers: int, num_broken: int) -> list[str]:
-        """Hold the round's answers against the merged model's."""
+    def check(self, faults: Sequence[str] = ()) -> list[str]:
+        """Hold what is new against the merged model's answers; return what is wrong."""
         by_fingerprint = {self.service.adapters[it].fingerprint: it for it in VERSIONS}
+        answers, broken = self.load.answers[:], self.load.broken[:]
         wrong = []
-        for prompt, fingerprint, text in self.load.answers[num_answers:]:
+        for prompt, fingerprint, text in answers[self._num_answers :]:
             version = by_fingerprint.get(fingerprint)
             if version is None or text != self.service.expected(version, prompt):
                 wrong.append(f"{prompt!r} to {version or fingerprint}: {text!r}")
-        for prompt, text, error in self.load.broken[num_broken:]:
+        for prompt, text, error in broken[self._num_broken :]:
             if not any(self.service.expected(it, prompt).startswith(text) for it in VERSIONS):
                 wrong.append(f"{prompt!r} broke off wrongly: {text!r}, {error}")
             begun = "replica" in faults and text and "died in the middle" in error
-            if not begun and "proxy" not in faults:
+            hung = "proxy" in faults and error.startswith(CONNECTION_ERRORS)
+            if not (begun or hung):
                 wrong.append(f"{prompt!r} broke off after {text!r}: {error}")
+        self._num_answers, self._num_broken = len(answers), len(broken)
         return wrong
 
     def _do(self, fault: str, failed: list[str]) -> None:

@@ -3,6 +3,7 @@
 python second_raylet.py ADDRESS NUM_CPUS      says "up" once it has joined, lives until killed
 """
 
+import os
 import sys
 import time
 
@@ -21,7 +22,9 @@ if __name__ == "__main__":
         min_worker_port=0,
         max_worker_port=0,
     )
+    told = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # Ray prints too
     Node(params, head=False, shutdown_at_exit=False, spawn_reaper=False)
-    print("up", flush=True)
+    print("up", file=told, flush=True)
     while True:
         time.sleep(60)

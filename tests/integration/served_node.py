@@ -204,6 +204,8 @@ class Load:
         """(prompt, fingerprint, text) of each whole answer."""
         self.broken: list[tuple[str, str, str]] = []
         """(prompt, text so far, error) of each that broke off."""
+        self.counts = [0] * num_clients
+        """Whole answers of each client."""
         self._over = threading.Event()
         self._threads = [
             threading.Thread(target=self._ask, args=(i,), daemon=True) for i in range(num_clients)
@@ -244,7 +246,8 @@ class Load:
                             fingerprints.add(chunk.system_fingerprint)
                 (fingerprint,) = fingerprints
                 self.answers.append((prompt, str(fingerprint), text))
-            except (openai.APIError, OSError) as error:
+                self.counts[client] += 1
+            except Exception as error:  # noqa: BLE001 - whatever it is, a test looks at it
                 self.broken.append((prompt, text, f"{type(error).__name__}: {error}"))
                 time.sleep(0.1)
 

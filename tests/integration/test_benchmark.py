@@ -118,6 +118,7 @@ def test_s2ft_keeps_less_than_lora_and_the_machine_is_named(
     assert re.search(r"Llama of 2 layers, 192 wide, .* vocabulary 4096", printed)
 
 
+@pytest.mark.long
 def test_every_layout_is_in_the_mode_table() -> None:
     small = ["--layers", "2", "--width", "64", "--threads", "1", "--rounds", "1"]
     ended = benchmark("sharding", *small, "--workers", "2", "--steps", "2")
@@ -127,6 +128,7 @@ def test_every_layout_is_in_the_mode_table() -> None:
     assert all(float(row[1]) < 1e-5 for row in rows.values() if row[0] in ("replicate", "full"))
 
 
+@pytest.mark.long
 def test_checkpoints_are_priced_against_a_run_without() -> None:
     small = ["--layers", "2", "--width", "64", "--threads", "1", "--rounds", "1"]
     ended = benchmark("checkpoints", *small, "--steps", "12", "--every", "3")

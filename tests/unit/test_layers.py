@@ -1,6 +1,7 @@
 """The rooms and who may know whom: imports go down only."""
 
 import ast
+import importlib
 import subprocess
 import sys
 from pathlib import Path
@@ -86,6 +87,7 @@ def test_method_needs_torch_and_safetensors_alone() -> None:
         ("s2ft_ray", ("torch", "ray", "mlflow", "transformers", "datasets")),
         ("s2ft_ray.bases", ("torch", "ray", "mlflow", "transformers", "datasets")),
         ("s2ft_ray.registry", ("torch", "ray", "mlflow", "transformers", "datasets")),
+        ("s2ft_ray.serving.watcher", ("torch", "transformers", "datasets")),
         ("s2ft_ray.serving.deployment", ("torch", "mlflow", "transformers", "datasets")),
         ("s2ft_ray.cli", ("torch", "ray", "mlflow", "transformers", "datasets")),
     ],
@@ -98,3 +100,12 @@ def test_module_imports_without_the_packages_above_it(module: str, absent: tuple
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("room", ["s2ft_ray", "s2ft_ray.bases", "s2ft_ray.registry"])
+def test_every_name_that_a_room_gives_is_there(room: str) -> None:
+    module = importlib.import_module(room)
+    for name in module.__all__:
+        assert getattr(module, name) is not None
+    with pytest.raises(AttributeError, match="no_such_name"):
+        module.no_such_name  # noqa: B018 - the attribute is what is asked for

@@ -75,9 +75,7 @@ def test_training_prompt_is_the_prompt_that_is_scored(monkeypatch: pytest.Monkey
     assert encode_prompt(row, tokenizer) == scored
 
 
-@pytest.mark.parametrize(
-    "path", sorted((REPO / "jobs" / "configs").glob("*.yaml")), ids=lambda path: path.stem
-)
+@pytest.mark.parametrize("path", SMALL, ids=lambda path: path.stem)
 def test_the_small_runs_are_valid_and_their_data_is_there(path: Path) -> None:
     config = load_config(path)
     files = [config.data.train] if isinstance(config.data.train, str) else config.data.train

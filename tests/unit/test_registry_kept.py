@@ -1,6 +1,7 @@
 """The disk cache of fetched adapters: bounded, oldest first, and never the originals."""
 
 import errno
+import json
 import os
 from pathlib import Path
 from typing import Any
@@ -39,9 +40,12 @@ def test_what_was_wanted_longest_ago_goes_first(kept: list[Path]) -> None:
 
 def test_what_is_kept_is_listed_with_its_bytes_and_last_use(kept: list[Path]) -> None:
     (kept[1].parent / "removed-0").mkdir()
+    text = json.dumps({"base": {"fingerprint": "b"}})
+    for folder in kept[:2]:  # the third has no description
+        (folder / "adapter_config.json").write_text(text)
+        os.utime(folder, (5, 5))
     assert list_kept() == [
-        KeptAdapter("acme.bot", int(version), 1000, float(place))
-        for place, version in enumerate(VERSIONS)
+        KeptAdapter("acme.bot", version, "b", 1000 + len(text), 5.0) for version in (1, 2)
     ]
 
 

@@ -102,14 +102,18 @@ class StubEngine:
 
     dedicated = None
 
-    def __init__(self, logprob: float) -> None:
+    def __init__(self, logprob: float, reader: AdapterReader) -> None:
         self.logprob = logprob
+        self.reader = reader
         self.dropped: list[AdapterKey] = []
 
     async def score(
         self, prompt_ids: Sequence[int], _key: AdapterKey, _top: int
     ) -> list[PromptLogprob]:
         return [PromptLogprob(i, self.logprob) for i in prompt_ids]
+
+    async def fetch(self, key: AdapterKey) -> Adapter:
+        return self.reader.read(key)
 
     def residents(self) -> list[Resident]:
         return []
@@ -145,7 +149,7 @@ def test_an_adapter_that_serves_other_logprobs_than_merged_is_refused(
     reader: AdapterReader, tmp_path: Path, logprob: float, fault: str | None
 ) -> None:
     ADAPTER.save(tmp_path / "files")
-    engine = StubEngine(logprob)
+    engine = StubEngine(logprob, reader)
     told = asyncio.run(bare_replica(reader, engine).check(route_to(tmp_path / "files")))
     if fault is None:
         assert told is None
@@ -163,7 +167,7 @@ def test_a_registry_that_leaves_during_a_check_is_no_fault_of_the_version(
         raise JobError("MLflow can't be reached")
 
     monkeypatch.setattr(adapter_reader, "resolve_adapter", away)
-    replica = bare_replica(reader, StubEngine(-1.0))
+    replica = bare_replica(reader, StubEngine(-1.0, reader))
     with pytest.raises(JobError, match="can't be reached"):
         asyncio.run(replica.check(route_to(tmp_path / "on-another-node")))
 
