@@ -57,7 +57,9 @@ class Service:
                 title = " ".join(process.cmdline())
                 for actor, part in _PARTS.items():
                     if title.startswith(f"ray::{actor}"):
-                        name = f"{part} {title.rpartition(':')[2]}" if part == "replica" else part
+                        # at work its title goes on with the method
+                        deployment = title.rpartition(":")[2].partition(".")[0]
+                        name = f"{part} {deployment}" if part == "replica" else part
                         found[name] = found.get(name, 0) + process.memory_info().rss
         return found
 
