@@ -1,6 +1,7 @@
 """The command line's contract: exit codes, one line per fault, and an instant --help."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -10,8 +11,6 @@ import pytest
 from s2ft_ray import cli, node
 from s2ft_ray.errors import AdapterError, ConfigError, DataError, JobError, NodeError, S2FTError
 from s2ft_ray.node import NodeStatus, ServiceStatus
-
-REPO = Path(__file__).parents[2]
 
 
 def _status(state: str = "up", env: dict[str, str] | None = None) -> NodeStatus:
@@ -75,11 +74,11 @@ def test_an_interrupt_exits_130(monkeypatch: pytest.MonkeyPatch) -> None:
     assert cli.main(["status"]) == 130
 
 
-def test_a_reader_that_has_seen_enough_is_no_fault() -> None:
-    config = REPO / "jobs" / "configs" / "quickstart.yaml"
-    command = [sys.executable, "-m", "s2ft_ray.cli", "check", "--config", str(config)]
+def test_a_reader_that_has_seen_enough_is_no_fault(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "s2ft_ray.cli", "status"]
+    env = {**os.environ, "S2FT_HOME": str(tmp_path)}
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-    with subprocess.Popen(command, cwd=REPO, text=True, **pipes) as process:
+    with subprocess.Popen(command, env=env, text=True, **pipes) as process:
         assert process.stdout is not None
         assert process.stderr is not None
         process.stdout.close()  # as `head` does, before the first line comes
