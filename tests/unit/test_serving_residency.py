@@ -263,14 +263,19 @@ def test_a_draining_adapter_takes_no_new_users_until_those_ahead_had_their_turn(
             slot = await world.residency.acquire(key)
             order.append(name)
             world.assert_holds(slot)
-            await asyncio.sleep(0.01)
+            await go_on.wait()
             world.residency.release(slot)
 
+        go_on = asyncio.Event()
         running = asyncio.create_task(use("one", one))
-        await asyncio.sleep(0.005)
+        while not order:
+            await asyncio.sleep(0.001)
         waiting = asyncio.create_task(use("two", two))
-        await asyncio.sleep(0.003)
+        while not (slot := world.slots.find(one)) or not slot.is_draining:
+            await asyncio.sleep(0.001)
         late = asyncio.create_task(use("one again", one))
+        await asyncio.sleep(0)
+        go_on.set()
         await asyncio.gather(running, waiting, late)
         assert order == ["one", "two", "one again"]
 
