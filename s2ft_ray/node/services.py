@@ -125,6 +125,8 @@ def service_env(site: Site, service: ServiceName, outer: Mapping[str, str]) -> d
     # it looks for a cluster on another address, and dies of it
     env["RAY_API_SERVER_ADDRESS"] = client["RAY_API_SERVER_ADDRESS"]
     env["RAY_USAGE_STATS_ENABLED"] = "0"
+    # a proxy that died is replaced once it has failed three checks: after half a minute by default
+    env.setdefault("RAY_SERVE_PROXY_HEALTH_CHECK_PERIOD_S", "1")
     # there is no other node that what runs could go to: Ray would wait the whole time for nothing
     env["RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S"] = "0"
     env["DASHBOARD_METRIC_PORT"] = str(site.port_base + Port.DASHBOARD_METRICS)

@@ -5,7 +5,7 @@ half of a change; an alias points to a version that has passed its checks, or is
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from s2ft_ray.accounts import Principal
@@ -91,6 +91,22 @@ class Catalog:
                 raise self._unknown_yet(model_id, model.waiting[alias])
             raise self._not_live(model_id, model, alias)
         return model.live[alias]
+
+    def keeping(self, before: "Catalog") -> "Catalog":
+        """Return this catalog with what `before` has of what can't be looked at now.
+
+        A watcher that was restarted while a base was away knows neither of that base nor of its
+        adapters; requests for them wait for the base, as they did.
+        """
+        models = dict(self.models)
+        for name, model in self.models.items():
+            known = before.models.get(name)
+            kept = {} if known is None else {it: known.live.get(it) for it in model.waiting}
+            live = {alias: route for alias, route in kept.items() if route is not None}
+            if live:
+                waiting = {it: why for it, why in model.waiting.items() if it not in live}
+                models[name] = replace(model, live={**model.live, **live}, waiting=waiting)
+        return replace(self, bases={**before.bases, **self.bases}, models=models)
 
     def live(self) -> dict[AdapterKey, Route]:
         """Return the routes of all aliases, by adapter."""

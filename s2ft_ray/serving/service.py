@@ -308,7 +308,7 @@ class Service:
                 seen = catalog.revision
                 # a watcher that was restarted knows nothing before its first pass
                 if catalog.is_ready or not self._catalog.is_ready:
-                    self._catalog = catalog
+                    self._catalog = catalog.keeping(self._catalog)
                 else:
                     self._catalog = replace(self._catalog, problem=catalog.problem)
             except Exception as error:  # noqa: BLE001 - the watcher is being restarted

@@ -446,6 +446,27 @@ def test_a_restarted_watcher_takes_nothing_away_before_it_has_looked() -> None:
             pass
 
 
+def test_a_watcher_restarted_while_a_base_is_away_takes_nothing_away_either() -> None:
+    with served(make_catalog(ACME, GLOBEX)) as site:
+        waiting = {"champion": "version 1: its base hasn't come up yet"}
+        site.watcher.current = make_catalog(
+            CatalogModel("acme.bot", waiting=waiting),
+            CatalogModel("globex.bot", live={"champion": adapter_route("globex.bot", 2)}),
+            CatalogModel("acme.new", waiting=waiting),
+            revision=("w2", 1),
+            bases={},
+        )
+        client = site.client()
+        while client.completions.create(model="globex.bot", prompt="x").system_fingerprint != (
+            "globex.bot-2"
+        ):
+            pass  # the service takes the catalog a moment later
+        answer = client.completions.create(model="acme.bot", prompt="x")
+        assert answer.system_fingerprint == "acme.bot-1"
+        assert client.completions.create(model=BASE, prompt="x").choices
+        assert site.post({**GOOD, "model": "acme.new"}).status_code == 503
+
+
 def test_without_the_registry_what_is_known_is_served_and_the_rest_is_503() -> None:
     with served(make_catalog(ACME, problem="MLflow is away")) as site:
         site.client("acme").completions.create(model="acme.bot", prompt="x")
