@@ -4,8 +4,8 @@ python second_raylet.py ADDRESS NUM_CPUS      says "up" once it has joined, live
 """
 
 import os
+import signal
 import sys
-import time
 
 from ray._private.node import Node
 from ray._private.parameter import RayParams
@@ -26,5 +26,4 @@ if __name__ == "__main__":
     os.dup2(2, 1)  # Ray prints too
     Node(params, head=False, shutdown_at_exit=False, spawn_reaper=False)
     print("up", file=told, flush=True)
-    while True:
-        time.sleep(60)
+    signal.pause()
