@@ -72,17 +72,14 @@ class SecondNode:
 
 
 class Faults:
-    """The faults of one node; `job_ids` are the jobs of the round."""
+    """The faults of one node, each at most once at a time; `job_ids` are the jobs that go on."""
 
     def __init__(
         self, node: Node, rng: random.Random, second: SecondNode | None, way: Way | None
     ) -> None:
         self._node, self._rng, self._second, self._way = node, rng, second, way
-        self.job_ids: list[str] = []
-
-    def do(self, name: str) -> str:
-        """Do one by its name."""
-        faults: dict[str, Callable[[], str]] = {
+        self.job_ids: set[str] = set()
+        self._faults: dict[str, Callable[[], str]] = {
             "scheduler": self._kill_scheduler,
             "driver": self._kill_driver,
             "worker": self._kill_worker,
@@ -92,7 +89,12 @@ class Faults:
             "disk": self._fill_disk,
             "head": self._restart_head,
         }
-        return faults[name]()
+        self._locks = {name: threading.Lock() for name in self._faults}
+
+    def do(self, name: str) -> str:
+        """Do one by its name."""
+        with self._locks[name]:
+            return self._faults[name]()
 
     def _kill_scheduler(self) -> str:
         pid = int((self._node.home / "scheduler.alive").read_text())
@@ -108,7 +110,7 @@ class Faults:
             lambda line: (
                 "python -m s2ft_ray.finetune" in line
                 and not line.startswith(("/bin/sh", "sh ", "bash", "/bin/bash"))
-                and any(job_id in line for job_id in self.job_ids)
+                and any(job_id in line for job_id in tuple(self.job_ids))
             )
         )
 

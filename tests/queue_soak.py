@@ -3,6 +3,7 @@
     python tests/queue_soak.py --rounds 200        on a node of its own, with a second raylet
     python tests/queue_soak.py --small-disk        its home on a disk that can be filled (root)
     python tests/queue_soak.py --postgresql        its jobs in a PostgreSQL that can be cut off
+    python tests/queue_soak.py --at-once 2         a round begins while the one before goes on
     python tests/queue_soak.py --home H            on the node that is up in H
 
 A round submits jobs of one and the same run under fresh names and does some of the faults at random
@@ -23,6 +24,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
@@ -37,7 +39,7 @@ FAULTS = ("scheduler", "driver", "worker", "raylet", "database", "mlflow", "disk
 LATEST_S = 25.0
 """A fault comes so long after the submissions at most, or when there is somebody to kill."""
 ROUND_S = 900.0
-SMALL_DISK_MIB = 256
+SMALL_DISK_MIB = 1024
 
 
 class Soak:
@@ -70,18 +72,17 @@ class Soak:
         self.expected: str | None = None
         self.attempts: Counter[int] = Counter()
         self.done: Counter[str] = Counter()
-        self.undone: list[str] = []
-        """Faults of this round that the soak couldn't do."""
 
     def round(self, number: int, num_jobs: int, faults: list[str]) -> list[str]:
         """Submit, disturb, wait; return what is wrong."""
         names = [f"r{number}-{i}-{self.rng.getrandbits(32):08x}" for i in range(num_jobs)]
-        ids = [self._submit(name) for name in names]
-        self.faults.job_ids = ids
+        ids = [self._submit(name, number) for name in names]
+        self.faults.job_ids.update(ids)
         started = time.monotonic()
-        timers = []
+        timers, undone = [], list[str]()
         for fault in faults:
-            timers.append(threading.Timer(self.rng.uniform(1.0, LATEST_S), self._do, (fault,)))
+            wait_s = self.rng.uniform(1.0, LATEST_S)
+            timers.append(threading.Timer(wait_s, self._do, (fault, number, undone)))
             timers[-1].start()
         while time.monotonic() - started < ROUND_S:
             if all(self.store.job(job_id).finished_at for job_id in ids):
@@ -89,8 +90,8 @@ class Soak:
             time.sleep(1.0)
         for timer in timers:
             timer.join()
-        wrong = self.undone + [fault for job_id in ids for fault in self._check(job_id)]
-        self.undone = []
+        self.faults.job_ids.difference_update(ids)
+        wrong = undone + [fault for job_id in ids for fault in self._check(job_id)]
         attempts = [self.store.job(job_id).attempt for job_id in ids]
         self.attempts.update(attempts)
         took_s = time.monotonic() - started
@@ -101,9 +102,9 @@ class Soak:
         )
         return wrong
 
-    def _submit(self, name: str) -> str:
+    def _submit(self, name: str, number: int) -> str:
         """Submit until it is taken: it is one job, however often it is asked for."""
-        path = self.folder / "run.yaml"
+        path = self.folder / f"run-{number}.yaml"
         path.write_text(yaml.safe_dump({**self.document, "name": name}))
         deadline = time.monotonic() + ROUND_S
         while True:
@@ -134,7 +135,7 @@ class Soak:
             wrong.append(f"{told}: adapter {fingerprint[:12]}, not {self.expected[:12]}")
         return wrong
 
-    def _do(self, fault: str) -> None:
+    def _do(self, fault: str, number: int, undone: list[str]) -> None:
         try:
             told = self.faults.do(fault)
             self.done[fault] += 1
@@ -142,17 +143,18 @@ class Soak:
             told = f"missed, {missed}"
         except Exception as error:  # noqa: BLE001 - what the soak itself can't do is told as wrong
             told = f"can't be done: {type(error).__name__}: {error}"
-            self.undone.append(f"{fault} {told}")
-        print(f"  {time.strftime('%X')} {fault}: {told}", flush=True)
+            undone.append(f"{fault} {told}")
+        print(f"  {time.strftime('%X')} round {number}, {fault}: {told}", flush=True)
 
 
 def main() -> int:
     """Soak; the exit code is 1 where something was wrong."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rounds", type=int, default=200)
-    parser.add_argument("--seconds", type=float, default=1e9, help="start no round after so many")
+    parser.add_argument("--seconds", type=float, default=1e9, help="begin no round after so many")
     parser.add_argument("--jobs", type=int, default=3, help="of a round")
     parser.add_argument("--faults-a-round", type=int, default=3)
+    parser.add_argument("--at-once", type=int, default=1, help="rounds that overlap")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--faults", nargs="+", choices=FAULTS, help="default: all that can be done")
     parser.add_argument("--home", type=Path, help="of a node that is up; default: one of its own")
@@ -206,13 +208,22 @@ def _postgresql(folder: Path) -> Iterator[Way]:
 
 
 def _soak(soak: Soak, args: argparse.Namespace) -> int:
-    wrong, started, number = [], time.monotonic(), 0
+    wrong, started, numbers = list[str](), time.monotonic(), iter(range(1, args.rounds + 1))
     if args.rounds > 1:  # else the jobs of the one round are held against each other
         wrong += soak.round(0, 1, [])  # what an undisturbed run gives
-    while number < args.rounds and time.monotonic() - started < args.seconds:
-        number += 1
-        faults = soak.rng.sample(args.faults, min(args.faults_a_round, len(args.faults)))
-        wrong += soak.round(number, args.jobs, faults)
+
+    def rounds() -> int:
+        count = 0
+        for number in numbers:
+            faults = soak.rng.sample(args.faults, min(args.faults_a_round, len(args.faults)))
+            wrong.extend(soak.round(number, args.jobs, faults))
+            count += 1
+            if time.monotonic() - started > args.seconds:
+                break
+        return count
+
+    with ThreadPoolExecutor(args.at_once) as pool:
+        number = sum(it.result() for it in [pool.submit(rounds) for _ in range(args.at_once)])
     soak.store.close()
     tries = ", ".join(f"{count} of {tries}" for tries, count in sorted(soak.attempts.items()))
     print(f"jobs by the number of their attempts: {tries}")

@@ -21,7 +21,7 @@ from transformers.utils import logging as transformers_logging
 
 from s2ft_ray.bases.folders import base_name, local_folder
 from s2ft_ray.bases.mapped import map_base_model
-from s2ft_ray.config import ModelConfig
+from s2ft_ray.config import ModelConfig, s2ft_home
 from s2ft_ray.errors import ConfigError
 
 logger = logging.getLogger(__name__)
@@ -60,15 +60,17 @@ def load_base_model(model: ModelConfig, *, mapped: bool = False) -> PreTrainedMo
 
 def _map(folder: Path, config: PretrainedConfig, model: ModelConfig) -> PreTrainedModel | None:
     try:
-        base = map_base_model(folder, config, model)
+        base = map_base_model(
+            folder,
+            config,
+            model,
+            cache=s2ft_home() / "cache" / "bases",
+            load_whole=lambda: _load(folder, config, model),
+        )
     except (*LOAD_ERRORS, SafetensorError) as error:
         raise _fault(model, "its weights can't be loaded", error) from error
     if base is None:
-        logger.info(
-            "the weights of %s are loaded whole before they are sharded: their dtype or names in"
-            " the files are not the run's",
-            model.name_or_path,
-        )
+        logger.info("each worker loads %s whole before it is sharded", model.name_or_path)
     return base
 
 

@@ -4,11 +4,13 @@ For bases that are sharded: FSDP copies a worker's part of a parameter and lets 
 a worker reads its own part of the files and holds no more than that. What else it looked at are
 pages of the files, shared by the workers of a machine and given up under pressure.
 
-Invariant: what is returned equals what ``from_pretrained`` loads, ties, buffers and all; where
-that can't be had by mapping (another dtype than the files', other names), nothing is returned.
+Invariant: what is returned equals what ``from_pretrained`` loads, ties, buffers and all. Where the
+files have another dtype or other names, they are rewritten first (``rewritten``).
 """
 
 import json
+import logging
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -18,13 +20,25 @@ from safetensors import safe_open
 from torch import Tensor
 from transformers import AutoModelForCausalLM, GenerationConfig, PretrainedConfig, PreTrainedModel
 
+from s2ft_ray.bases.rewritten import RewrittenWeights
 from s2ft_ray.config import ModelConfig
+
+logger = logging.getLogger(__name__)
 
 
 def map_base_model(
-    folder: Path, config: PretrainedConfig, model: ModelConfig
+    folder: Path,
+    config: PretrainedConfig,
+    model: ModelConfig,
+    *,
+    cache: Path,
+    load_whole: Callable[[], PreTrainedModel],
 ) -> PreTrainedModel | None:
-    """Build the model over the files in `folder`; None where they can't be mapped as they are."""
+    """Build the model over the files in `folder`, or over what `cache` has of them.
+
+    `load_whole` is called, by one worker of a machine, where the names in the files aren't the
+    model's. None is returned where there are values that only loading can give, or no room.
+    """
     dtype = (config.dtype or torch.float32) if model.dtype == "auto" else model.dtype
     # Buffers are small and computed: rotary frequencies among them, which no file has.
     with init_empty_weights(include_buffers=False):
@@ -34,15 +48,24 @@ def map_base_model(
             attn_implementation=model.attn_implementation,
             trust_remote_code=model.trust_remote_code,
         )
+    base.tie_weights()  # parameters on the meta device are made one by one
     wanted = base.state_dict()
-    tensors = _map_tensors(folder, wanted)
-    if any(not _is_alike(tensor, wanted[name]) for name, tensor in tensors.items()):
-        return None
+    files = _weight_files(folder)
+    tensors = _map_tensors(files, wanted)
+    if any(tensor.shape != wanted[name].shape for name, tensor in tensors.items()):
+        return None  # loading tells which
+    names = _without_ties(base)
+    casts = any(tensor.dtype != wanted[name].dtype for name, tensor in tensors.items())
+    if casts or not names <= tensors.keys() or _keeps_some_in_fp32(base):
+        by_name = names <= tensors.keys() and not _keeps_some_in_fp32(base)
+        source = _cast(tensors, wanted) if by_name else _loaded(load_whole, names)
+        rewritten = _rewrite(RewrittenWeights(cache, files, dtype=str(dtype)), source)
+        if rewritten is None:
+            return None
+        tensors = _map_tensors(rewritten, wanted)
     base.load_state_dict(tensors, strict=False, assign=True)
     base.tie_weights()  # assigning has broken the ties
-    buffers = {name for name, _ in base.named_buffers()}
-    lacking = [name for name in buffers & wanted.keys() if name not in tensors]
-    if lacking or any(parameter.is_meta for parameter in base.parameters()):
+    if any(parameter.is_meta for parameter in base.parameters()):
         return None
     if (folder / "generation_config.json").is_file():
         base.generation_config = GenerationConfig.from_pretrained(folder)
@@ -50,18 +73,59 @@ def map_base_model(
     return loaded
 
 
-def _map_tensors(folder: Path, wanted: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Map those of the files' tensors that the model has."""
+def _without_ties(base: Any) -> set[str]:
+    """Name the parameters, each once, and the buffers that are saved."""
+    names = {name for name, _ in base.named_parameters()}
+    buffers = {name for name, _ in base.named_buffers()}
+    saved: set[str] = set(base.state_dict())
+    return names | (buffers & saved)
+
+
+def _keeps_some_in_fp32(base: Any) -> bool:
+    return bool(base._keep_in_fp32_modules or base._keep_in_fp32_modules_strict)
+
+
+def _cast(tensors: dict[str, Tensor], wanted: dict[str, Tensor]) -> Iterable[tuple[str, Tensor]]:
+    """Yield the tensors in the dtypes that are wanted, each valid until the next is asked for."""
+    # One buffer for all: an allocator keeps what is freed for a while.
+    buffer = torch.empty(max(wanted[name].nbytes for name in tensors), dtype=torch.uint8)
+    for name, tensor in tensors.items():
+        like = wanted[name]
+        yield name, buffer[: like.nbytes].view(like.dtype).view(like.shape).copy_(tensor)
+
+
+def _loaded(
+    load_whole: Callable[[], PreTrainedModel], names: set[str]
+) -> Iterable[tuple[str, Tensor]]:
+    logger.info("the base's names in its files are not the model's: one worker loads it whole")
+    for name, tensor in load_whole().state_dict().items():
+        if name in names:
+            yield name, tensor
+
+
+def _rewrite(weights: RewrittenWeights, source: Iterable[tuple[str, Tensor]]) -> list[Path] | None:
+    try:
+        with weights.lock():
+            if weights.files() is None:
+                weights.write(source)
+            return weights.files()
+    except OSError as error:
+        logger.warning("the base can't be kept as this run needs it: %s", error)
+        return None
+
+
+def _weight_files(folder: Path) -> list[Path]:
     index = folder / "model.safetensors.index.json"
     names = {"model.safetensors"}
     if index.is_file():
         names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+    return [folder / name for name in sorted(names)]
+
+
+def _map_tensors(files: list[Path], wanted: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Map those of the files' tensors that the model has."""
     tensors = {}
-    for name in sorted(names):
-        with safe_open(folder / name, framework="pt") as file:
+    for path in files:
+        with safe_open(path, framework="pt") as file:
             tensors.update({key: file.get_tensor(key) for key in file.keys() if key in wanted})  # noqa: SIM118 - no mapping
     return tensors
-
-
-def _is_alike(tensor: Tensor, wanted: Tensor) -> bool:
-    return tensor.shape == wanted.shape and tensor.dtype == wanted.dtype

@@ -1,5 +1,6 @@
 """A base that is sharded is read in parts: the same values, and never whole in a worker."""
 
+import os
 import threading
 import time
 from pathlib import Path
@@ -9,7 +10,8 @@ import pytest
 import runs
 import torch
 from gloo import GlooPool
-from transformers import AutoModelForCausalLM
+from safetensors import safe_open
+from transformers import AutoModelForCausalLM, MixtralConfig
 
 from s2ft_ray.bases import load_base_model
 from s2ft_ray.config import ModelConfig, S2FTConfig
@@ -25,6 +27,12 @@ WIDE = {
     "num_key_value_heads": 4,
     "head_dim": 64,
 }
+
+
+@pytest.fixture(autouse=True)
+def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("S2FT_HOME", str(tmp_path / "home"))
+    return tmp_path / "home"
 
 
 def save_in_files(folder: Path, size: str, **config: Any) -> Path:
@@ -45,9 +53,11 @@ def anonymous_mib() -> float:
     raise AssertionError("no RssAnon")
 
 
-def load_and_measure(base: Path, mapped: bool) -> dict[str, float]:
+def load_and_measure(base: Path, dtype: str, home: Path) -> dict[str, float]:
     """Load, convert and shard; return the peak of this worker above its start, and the sizes."""
+    os.environ["S2FT_HOME"] = str(home)
     workers = Workers.join(torch.device("cpu"))
+    torch.ones(4096, 64).bfloat16()  # what torch takes for itself with the first conversion
     before, peak, done = anonymous_mib(), [0.0], threading.Event()
 
     def watch() -> None:
@@ -57,7 +67,7 @@ def load_and_measure(base: Path, mapped: bool) -> dict[str, float]:
 
     thread = threading.Thread(target=watch)
     thread.start()
-    model = load_base_model(ModelConfig(name_or_path=str(base)), mapped=mapped)
+    model = load_base_model(ModelConfig(name_or_path=str(base), dtype=dtype), mapped=True)
     sizes = {p: p.numel() * p.element_size() for p in model.parameters()}
     convert(model, S2FTConfig(budgets={"o": 0.125, "down": 0.02}))
     shard_model(model, workers, Layout.of("full", workers.world_size, 1))
@@ -72,33 +82,117 @@ def load_and_measure(base: Path, mapped: bool) -> dict[str, float]:
     }
 
 
-def test_a_worker_never_holds_more_than_its_part(four: GlooPool, tmp_path: Path) -> None:
+@pytest.mark.parametrize("dtype", ["auto", "bfloat16"])
+def test_a_worker_never_holds_more_than_its_part(
+    four: GlooPool, tmp_path: Path, dtype: str
+) -> None:
     base = save_in_files(tmp_path / "base", "20MB", vocab_size=8192, **WIDE)
-    for rank in four.run(load_and_measure, base, True):
-        assert rank["whole"] > 80
+    for rank in four.run(load_and_measure, base, dtype, tmp_path / "home"):
+        assert rank["whole"] > (80 if dtype == "auto" else 40)
         assert rank["shard"] < 0.3 * rank["whole"]
         assert rank["peak"] < 1.3 * rank["shard"] + rank["largest"]
 
 
-def hidden_values(base: Path) -> tuple[bool, bool, float]:
+def compare(base: Path, dtype: str) -> tuple[bool, bool, float]:
     """Compare a mapped model with a plain one: parameters, buffers and ties; then logits."""
-    config = ModelConfig(name_or_path=str(base))
+    config = ModelConfig(name_or_path=str(base), dtype=dtype)
     plain, mapped = load_base_model(config), load_base_model(config, mapped=True)
     ids = torch.arange(20).unsqueeze(0)
     with torch.no_grad():
         difference = (plain(input_ids=ids).logits - mapped(input_ids=ids).logits).abs().max()
     state = plain.state_dict()
     equal = all(torch.equal(value, state[name]) for name, value in mapped.state_dict().items())
+    dtypes = {name: value.dtype for name, value in state.items()}
+    equal &= dtypes == {name: value.dtype for name, value in mapped.state_dict().items()}
     buffers = dict(plain.named_buffers())
     equal &= all(torch.equal(value, buffers[name]) for name, value in mapped.named_buffers())
     tied = mapped.get_input_embeddings().weight is mapped.get_output_embeddings().weight
     return equal and len(state) == len(mapped.state_dict()), tied, float(difference)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_mapped_base_is_the_base(tmp_path: Path, dtype: torch.dtype) -> None:
-    base = save_in_files(tmp_path, "15KB", dtype=dtype)
-    assert hidden_values(base) == (True, True, 0.0)
+def rewritten(home: Path) -> list[Path]:
+    return sorted(home.glob("cache/bases/*/*.safetensors"))
+
+
+def is_mapped(model: torch.nn.Module) -> bool:
+    """Say whether most of a model's bytes lie in mapped files."""
+    files = [
+        it.split()[0]
+        for it in Path("/proc/self/maps").read_text().splitlines()
+        if it.endswith(".safetensors")
+    ]
+    spans = [tuple(int(end, 16) for end in it.split("-")) for it in files]
+    parameters = list(model.parameters())
+    inside = [p for p in parameters if any(low <= p.data_ptr() < high for low, high in spans)]
+    return sum(p.numel() for p in inside) > 0.9 * sum(p.numel() for p in parameters)
+
+
+@pytest.mark.parametrize(
+    ("files", "dtype"),
+    [
+        (torch.float32, "auto"),
+        (torch.bfloat16, "auto"),
+        (torch.float16, "bfloat16"),
+        (torch.float32, "bfloat16"),
+        (torch.bfloat16, "float32"),
+    ],
+)
+def test_a_mapped_base_is_the_base(
+    tmp_path: Path, home: Path, files: torch.dtype, dtype: str
+) -> None:
+    base = save_in_files(tmp_path / "base", "15KB", dtype=files)
+    assert compare(base, dtype) == (True, True, 0.0)
+    model = load_base_model(ModelConfig(name_or_path=str(base), dtype=dtype), mapped=True)
+    assert is_mapped(model)
+    assert bool(rewritten(home)) == (dtype != "auto")
+    convert(model, S2FTConfig())
+    assert slice_layers(model)
+
+
+def test_names_that_are_not_the_models_are_read_through_a_copy(tmp_path: Path, home: Path) -> None:
+    torch.manual_seed(0)
+    config = MixtralConfig(
+        vocab_size=64,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        num_local_experts=4,
+    )
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "base")
+    with safe_open(tmp_path / "base" / "model.safetensors", framework="pt") as file:
+        assert any("experts.3.w1" in name for name in file.keys())  # noqa: SIM118 - no mapping
+    assert compare(tmp_path / "base", "auto") == (True, False, 0.0)
+    written = rewritten(home)
+    model = load_base_model(ModelConfig(name_or_path=str(tmp_path / "base")), mapped=True)
+    assert is_mapped(model)
+    assert rewritten(home) == written
+
+
+def test_a_copy_is_made_once_and_anew_for_other_files(tmp_path: Path, home: Path) -> None:
+    base = save_in_files(tmp_path / "base", "15KB")
+    config = ModelConfig(name_or_path=str(base), dtype="bfloat16")
+    load_base_model(config, mapped=True)
+    first = {path: path.stat().st_mtime_ns for path in rewritten(home)}
+    load_base_model(config, mapped=True)
+    assert {path: path.stat().st_mtime_ns for path in rewritten(home)} == first
+    model = AutoModelForCausalLM.from_pretrained(base)
+    with torch.no_grad():
+        model.model.norm.weight.add_(1.0)
+    model.save_pretrained(base, max_shard_size="15KB")
+    assert compare(base, "bfloat16") == (True, True, 0.0)
+
+
+def test_without_room_for_a_copy_the_base_is_loaded_whole(
+    tmp_path: Path, home: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (home / "cache").mkdir(parents=True)
+    (home / "cache" / "bases").write_text("no folder")
+    base = save_in_files(tmp_path / "base", "15KB")
+    model = load_base_model(ModelConfig(name_or_path=str(base), dtype="bfloat16"), mapped=True)
+    assert not is_mapped(model)
+    assert "can't be kept as this run needs it" in caplog.text
 
 
 def test_training_leaves_the_files_alone_and_gives_the_same_adapter(
@@ -113,11 +207,3 @@ def test_training_leaves_the_files_alone_and_gives_the_same_adapter(
         made.append(Adapter.load(run.adapter).fingerprint)
     assert made[0] == made[1]
     assert {path: path.read_bytes() for path in base.iterdir()} == files
-
-
-def test_another_dtype_than_the_files_is_loaded_whole(tmp_path: Path) -> None:
-    base = save_in_files(tmp_path, "15KB")
-    model = load_base_model(ModelConfig(name_or_path=str(base), dtype="bfloat16"), mapped=True)
-    assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
-    convert(model, S2FTConfig())
-    assert slice_layers(model)

@@ -4,9 +4,13 @@ import ast
 import importlib
 import subprocess
 import sys
+import tomllib
+from importlib import metadata
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 
 PACKAGE = Path(__file__).parents[2] / "s2ft_ray"
 LEVELS = [
@@ -66,6 +70,29 @@ def test_imports_go_down_only(path: Path) -> None:
                 assert LEVEL[other] < LEVEL[room], f"{room} imports {other}"
         else:
             assert room in OWNERS.get(first, {room}), f"{room} imports {first}"
+
+
+def required_by(requirement: Requirement) -> set[str]:
+    """Return what a distribution asks for itself, with the extras that `requirement` names."""
+    found = set()
+    for text in metadata.requires(requirement.name) or ():
+        other = Requirement(text)
+        extras = requirement.extras or {""}
+        if other.marker is None or any(other.marker.evaluate({"extra": it}) for it in extras):
+            found.add(canonicalize_name(other.name))
+    return found
+
+
+def test_what_the_package_imports_is_among_its_requirements() -> None:
+    project = tomllib.loads((PACKAGE.parent / "pyproject.toml").read_text(encoding="utf-8"))
+    declared = [Requirement(text) for text in project["project"]["dependencies"]]
+    there = {canonicalize_name(it.name) for it in declared}.union(*map(required_by, declared))
+    outside = {name.partition(".")[0] for path in FILES for name in imported_names(path)}
+    outside -= sys.stdlib_module_names | {"s2ft_ray"}
+    distributions = metadata.packages_distributions()
+    for name in sorted(outside):
+        homes = {canonicalize_name(it) for it in distributions[name]}
+        assert homes & there, f"{name} comes with none of the package's requirements"
 
 
 def test_method_needs_torch_and_safetensors_alone() -> None:
