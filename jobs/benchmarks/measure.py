@@ -12,7 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
-from torch.profiler import ProfilerActivity, profile
+
+from benchmarks.allocations import Allocations
 
 MAX_GRAD_NORM = 1.0
 Clock = Callable[[], float]
@@ -79,15 +80,9 @@ class TrainingStep:
             torch.cuda.reset_peak_memory_stats()
             self._run_twice()
             return torch.cuda.max_memory_allocated()
-        with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        with Allocations() as allocations:
             self._run_twice()
-        events = profiler.profiler.kineto_results.events()
-        changes = sorted((e.start_ns(), e.nbytes()) for e in events if e.name() == "[memory]")
-        current = peak = 0
-        for _, change in changes:
-            current += change
-            peak = max(peak, current)
-        return peak + sum(
+        return allocations.peak + sum(
             {_address(t): t.untyped_storage().nbytes() for t in self._state()}.values()
         )
 

@@ -18,15 +18,17 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from benchmarks.allocations import Allocations
 from benchmarks.machine import describe_machine, load_warning
-from s2ft_ray.config import OptimConfig
+from s2ft_ray.config import RunConfig, parse_config
 from s2ft_ray.data import MicroBatch, Step
-from s2ft_ray.method import S2FTConfig, convert
+from s2ft_ray.method import convert
 from s2ft_ray.training.loop import train_step
+from s2ft_ray.training.memory import estimate_memory, measure_base
 from s2ft_ray.training.optimizer import build_optimizer
 from s2ft_ray.training.parallel import Layout, Workers, shard_model
 from s2ft_ray.training.traffic import TrafficCounter
@@ -35,6 +37,7 @@ SEQ_LEN, VOCAB, HEAD_DIM = 128, 512, 32
 MIB = 2**20
 LOSS_TARGET = 1e-5
 SPEED_TARGET = 0.85
+MIN_STEPS = 4
 
 
 @dataclass
@@ -48,12 +51,18 @@ class Measured:
     """Bytes of frozen weights that it holds."""
     state: int
     """Bytes of slices, gradients and optimizer state that it holds."""
+    peak: int
+    """The most bytes in tensors at one time of a step, those it holds included."""
+    estimate: int
+    """What ``s2ft check`` says of the peak."""
     received: dict[str, int]
     """Bytes in one step, by kind of collective."""
 
 
 def run(arguments: argparse.Namespace) -> None:
     """Measure every layout and print the table."""
+    if arguments.steps < MIN_STEPS:
+        raise SystemExit(f"--steps {arguments.steps}: {MIN_STEPS} or more; two are only counted")
     torch.set_num_threads(arguments.threads)
     machine, warning = describe_machine(torch.device("cpu")), load_warning()
     print(", ".join(f"{name} {value}" for name, value in machine.items()))
@@ -98,7 +107,9 @@ def _print_table(
     )
     print(
         "| layout | largest loss difference to one worker | base MiB | slices and optimizer MiB"
-        " | gathered MiB | reduced MiB | tokens/s | of the ideal |\n|---" + "|--:" * 7 + "|"
+        " | peak MiB | estimated | gathered MiB | reduced MiB | tokens/s | of the ideal |\n|---"
+        + "|--:" * 9
+        + "|"
     )
     print(_row("one worker", alone, alone, 1, tokens))
     for layout, seen in rows:
@@ -121,6 +132,8 @@ def _row(name: str, seen: Measured, alone: Measured, num_workers: int, tokens: i
         f"{_difference(seen, alone):.1e}",
         f"{seen.base / MIB:.2f}",
         f"{seen.state / MIB:.3f}",
+        f"{seen.peak / MIB:.1f}",
+        f"{seen.estimate / MIB:.1f}",
         f"{seen.received.get('gather', 0) / MIB:.3f}",
         f"{reduced / MIB:.3f}",
         f"{tokens / seen.seconds:,.0f}",
@@ -167,7 +180,7 @@ def _work(
         world_size=layouts[0].num_workers,
     )
     workers = Workers.join(torch.device("cpu"))
-    measured = [_train(layout, workers, arguments) for layout in layouts]
+    measured = [train_in(layout, workers, arguments) for layout in layouts]
     if rank == 0:
         results.put(measured)
         results.close()
@@ -176,42 +189,45 @@ def _work(
     os._exit(0)  # gloo's threads sometimes abort a process that ends in order
 
 
-def _train(layout: Layout, workers: Workers, arguments: argparse.Namespace) -> Measured:
+def train_in(layout: Layout, workers: Workers, arguments: argparse.Namespace) -> Measured:
+    """Train in `layout`; return what this worker saw."""
     torch.manual_seed(0)
     heads = arguments.width // HEAD_DIM
-    model = LlamaForCausalLM(
-        LlamaConfig(
-            vocab_size=VOCAB,
-            hidden_size=arguments.width,
-            intermediate_size=arguments.width * 8 // 3,
-            num_hidden_layers=arguments.layers,
-            num_attention_heads=heads,
-            num_key_value_heads=heads,
-            max_position_embeddings=SEQ_LEN,
-        )
+    sizes = LlamaConfig(
+        vocab_size=VOCAB,
+        hidden_size=arguments.width,
+        intermediate_size=arguments.width * 8 // 3,
+        num_hidden_layers=arguments.layers,
+        num_attention_heads=heads,
+        num_key_value_heads=heads,
+        max_position_embeddings=SEQ_LEN,
     )
-    convert(model, S2FTConfig(budgets={"o": 0.1, "down": 0.03}))
+    model, run = LlamaForCausalLM(sizes), _describe_run(layout, arguments)
+    trained = convert(model, run.method).num_trainable
     shard_model(model, workers, layout)
     slices = [p for p in model.parameters() if p.requires_grad]
-    config = OptimConfig(lr=1e-3, schedule="constant", max_steps=arguments.steps)
-    optimizer = build_optimizer(slices, config)
-    losses, seconds, received = [], [], {}
+    optimizer = build_optimizer(slices, run.optim)
+    losses, seconds, received, peak = [], [], {}, 0
     for number in range(arguments.steps):
-        is_counted = number == 1  # which slows it down: it isn't timed
-        counter = TrafficCounter()
-        with counter if is_counted else nullcontext():
+        # Both slow it down: such a step isn't timed.
+        counter = TrafficCounter() if number == 1 else None
+        allocations = Allocations() if number == 2 else None
+        before = _bytes_held(model, optimizer)
+        with counter or allocations or nullcontext():
             result = train_step(
                 model,
                 optimizer,
                 _build_step(number, arguments.rows, workers),
                 number=number,
                 num_steps=arguments.steps,
-                config=config,
+                config=run.optim,
                 workers=workers,
             )
         losses.append(result.loss)
-        if is_counted:
+        if counter:
             received = dict(counter.received)
+        elif allocations:
+            peak = before + allocations.peak
         else:
             seconds.append(result.seconds)
     state = [t for entry in optimizer.state.values() for t in entry.values() if t.dim()]
@@ -220,8 +236,37 @@ def _train(layout: Layout, workers: Workers, arguments: argparse.Namespace) -> M
         seconds=statistics.median(seconds),
         base=sum(_held(p) for p in model.parameters() if not p.requires_grad),
         state=2 * sum(map(_held, slices)) + sum(map(_held, state)),
+        peak=peak,
+        estimate=estimate_memory(
+            run, sizes, measure_base(run, sizes), trained, SEQ_LEN, layout
+        ).total,
         received=received,
     )
+
+
+def _describe_run(layout: Layout, arguments: argparse.Namespace) -> RunConfig:
+    return parse_config(
+        {
+            "tenant": "benchmark",
+            "name": "sharding",
+            "data": {"train": "none.jsonl"},
+            "model": {"dtype": "float32"},
+            "method": {"budgets": {"o": 0.1, "down": 0.03}},
+            "optim": {
+                "lr": 1e-3,
+                "schedule": "constant",
+                "max_steps": arguments.steps,
+                "global_batch_size": arguments.rows,
+                "micro_batch_size": -(-arguments.rows // layout.num_workers),
+            },
+        }
+    )
+
+
+def _bytes_held(model: nn.Module, optimizer: torch.optim.Optimizer) -> int:
+    """Add up the tensors that outlive a step: weights, slices, their base values, moments."""
+    state = [t for entry in optimizer.state.values() for t in entry.values()]
+    return sum(map(_held, [*state, *model.parameters(), *model.buffers()]))
 
 
 def _build_step(number: int, rows: int, workers: Workers) -> Step:

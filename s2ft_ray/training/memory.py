@@ -40,7 +40,8 @@ class MemoryEstimate:
     base: int
     """The frozen weights: all of them, or this worker's shard."""
     gathered: int
-    """Of a sharded base, what is whole at one time: two layers, and what is outside them."""
+    """Of a sharded base, what is whole at one time: three layers (the one that works, the next,
+    and its copy as it arrives) and what is outside them."""
     slices: int
     """Slices, gradients and optimizer state: this worker's shard, and what is whole of them."""
     activations: int
@@ -106,7 +107,7 @@ def estimate_memory(
         whole = 2 * SLICE_BYTES + width
     else:
         held = -(-base.total // layout.group)
-        gathered = base.root + 2 * base.layer if layout.group > 1 else 0
+        gathered = base.root + 3 * base.layer if layout.group > 1 else 0
         # Gradients stay whole only from one micro-batch to the next.
         accumulates = _num_passes(config, layout.num_workers) > 1
         whole = SLICE_BYTES * accumulates + width

@@ -1,6 +1,8 @@
 """Every layout of the weights: the same losses, and what each holds and moves, as estimated."""
 
+import argparse
 import logging
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +23,7 @@ from s2ft_ray.training.memory import (
 from s2ft_ray.training.run_folder import RunFolder
 from s2ft_ray.training.traffic import TrafficCounter
 
+JOBS = Path(__file__).parents[2] / "jobs"
 MODES = ("replicate", "full", "hybrid")
 # Nothing in it divides by the workers: neither the rows of a weight nor the selected ones.
 UNEVEN = {"hidden_size": 30, "intermediate_size": 37}
@@ -166,3 +169,22 @@ def test_the_estimates_are_what_a_run_holds_and_receives(
     saved = sum(p.stat().st_size for p in (run.checkpoints / "step-00000006").glob("*.distcp"))
     pieces = 4 * 4 * len(Adapter.load(run.adapter).slices)  # a header each, 1.5 kB
     assert 0 < saved - estimate_checkpoint(trained) < 2_000 * pieces
+
+
+def train_in_the_benchmark(mode: str) -> tuple[int, int]:
+    """Return the peak of a step in bytes, and what is said of it before."""
+    sys.path.insert(0, str(JOBS))
+    from benchmarks.sharding import train_in
+
+    arguments = argparse.Namespace(layers=4, width=256, rows=8, steps=4)
+    layout = worker.Layout.of(mode, 4, 2)  # type: ignore[arg-type]
+    seen = train_in(layout, worker.Workers.join(torch.device("cpu")), arguments)
+    return seen.peak, seen.estimate
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_the_peak_of_a_step_is_as_estimated(four: GlooPool, mode: str) -> None:
+    for peak, estimate in four.run(train_in_the_benchmark, mode):
+        # How many layers are whole at one time depends on when the gathered ones arrive.
+        assert peak <= 1.05 * estimate
+        assert estimate <= 1.25 * peak
