@@ -12,10 +12,11 @@ from typing import Any
 
 import ray
 from ray._private.state import state as ray_state
+from ray.exceptions import NodeDiedError, ObjectLostError, RayActorError, WorkerCrashedError
 from ray.train import FailureConfig, LoggingConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchTrainer, get_device
 from ray.train.v2._internal.execution.context import get_train_context
-from ray.train.v2.api.exceptions import TrainingFailedError, WorkerGroupError
+from ray.train.v2.api.exceptions import ControllerError, TrainingFailedError, WorkerGroupError
 
 from s2ft_ray.config import ParallelConfig
 from s2ft_ray.errors import (
@@ -38,6 +39,10 @@ MAX_WORKER_FAILURES = 3
 # Ray waits 60 s for the workers' resources, then tries again: together half an hour.
 MAX_START_FAILURES = 30
 
+# A process or node that is gone. Ray Train's controller gives up at once where it meets that
+# between two looks at its workers: as the group starts, or as it is ended.
+_GONE = (RayActorError, WorkerCrashedError, NodeDiedError, ObjectLostError)
+
 _STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 RAY_TRAIN_SETTINGS = {
@@ -46,6 +51,10 @@ RAY_TRAIN_SETTINGS = {
     # How soon a node's drain is seen: 5 s by default, and a spot node may be gone in 30.
     "RAY_TRAIN_PREEMPTION_POLL_INTERVAL_S": "1",
 }
+
+
+class _LostUnwatched(WorkersLost):
+    """A process of the group that was lost where Ray Train doesn't start it again."""
 
 
 # torch's own, of CUDA and the CPU's allocator, and Ray's, which kills when a node runs short.
@@ -86,13 +95,23 @@ def train_with_ray(run: RunFolder, parallel: ParallelConfig) -> None:
     for name, value in RAY_TRAIN_SETTINGS.items():
         os.environ.setdefault(name, value)
     with _stopped_by_signals(run):
-        while (fault := _fit(run, parallel)) is not None:
+        while (fault := _fit_despite_losses(run, parallel)) is not None:
             if not isinstance(fault, Preempted) or run.is_stop_requested():
                 raise fault
             if _count_places(parallel) < _fewest(parallel):
                 logger.warning("a node is being drained, and the others have no room")
                 raise fault
             logger.warning("a node is being drained: from step %d on the others", fault.step)
+
+
+def _fit_despite_losses(run: RunFolder, parallel: ParallelConfig) -> S2FTError | None:
+    """Start the group again where Ray Train itself doesn't."""
+    for _ in range(MAX_WORKER_FAILURES):
+        try:
+            return _fit(run, parallel)
+        except _LostUnwatched as error:
+            logger.warning("the workers are started again: %s", error)
+    return _fit(run, parallel)
 
 
 def _fit(run: RunFolder, parallel: ParallelConfig) -> S2FTError | None:
@@ -122,7 +141,7 @@ def _fit(run: RunFolder, parallel: ParallelConfig) -> S2FTError | None:
     )
     try:
         fault: S2FTError | None = trainer.fit().return_value
-    except TrainingFailedError as error:
+    except (TrainingFailedError, *_GONE) as error:
         raise _explain(error) from error
     return fault
 
@@ -183,17 +202,19 @@ def _is_draining() -> bool:
     return get_train_context().preemption_context.preemption_info is not None
 
 
-def _explain(error: TrainingFailedError) -> S2FTError:
+def _explain(error: Exception) -> S2FTError:
     if isinstance(error, WorkerGroupError) and error.worker_failures:
         rank, cause = next(iter(sorted(error.worker_failures.items())))
         lines = str(cause).strip().splitlines() or [type(cause).__name__]
-        kind = OutOfMemory if _OUT_OF_MEMORY.search(str(cause)) else WorkersLost
-        return kind(
+        died = OutOfMemory if _OUT_OF_MEMORY.search(str(cause)) else WorkersLost
+        return died(
             f"worker {rank} failed {MAX_WORKER_FAILURES + 1} times, last with: {lines[-1]};"
             " its log has the traceback; --resume goes on from the newest checkpoint"
         )
+    cause = error.controller_failure if isinstance(error, ControllerError) else error
+    kind = _LostUnwatched if isinstance(cause, _GONE) else JobError
     lines = str(error).strip().splitlines() or [type(error).__name__]
-    return JobError(f"Ray Train gave up: {lines[-1]}; the job's log has the traceback")
+    return kind(f"Ray Train gave up: {lines[-1]}; the job's log has the traceback")
 
 
 def _fewest(parallel: ParallelConfig) -> int:

@@ -7,10 +7,11 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from ray.exceptions import RayActorError
 from ray.train.v2.api.exceptions import ControllerError
 
 from s2ft_ray.config import ParallelConfig
-from s2ft_ray.errors import ConfigError, Diverged, JobError, Preempted, S2FTError
+from s2ft_ray.errors import ConfigError, Diverged, JobError, Preempted, S2FTError, WorkersLost
 from s2ft_ray.training import launch
 from s2ft_ray.training.run_folder import RunFolder
 
@@ -55,8 +56,8 @@ def test_a_range_takes_the_most_that_fit_on_the_nodes_that_stay(cluster: dict[st
     assert launch._num_workers(ELASTIC) == 2
 
 
-def told(monkeypatch: pytest.MonkeyPatch, fault: Exception | None = None) -> list[dict[str, Any]]:
-    """Let Ray Train's controller end well, or with `fault`; return what each was built with."""
+def told(monkeypatch: pytest.MonkeyPatch, *faults: Exception) -> list[dict[str, Any]]:
+    """Let Ray Train end with one fault after the other, then well; return how it was built."""
     trainers: list[dict[str, Any]] = []
 
     def build(self: object, entry: Any, **options: Any) -> None:
@@ -65,8 +66,8 @@ def told(monkeypatch: pytest.MonkeyPatch, fault: Exception | None = None) -> lis
 
     def fit(self: object) -> SimpleNamespace:
         del self
-        if fault is not None:
-            raise fault
+        if len(trainers) <= len(faults):
+            raise faults[len(trainers) - 1]
         return SimpleNamespace(return_value=None)
 
     # on Ray's class, so that no subclass of it starts a Ray
@@ -115,6 +116,24 @@ def test_a_controller_that_gave_up_is_told_in_one_line(
         launch._fit(RunFolder(tmp_path), ELASTIC)
     assert len(str(it.value).splitlines()) == 1
     assert isinstance(it.value.__cause__, ControllerError)
+
+
+LOST = RayActorError(error_msg="its worker process has died")
+
+
+@pytest.mark.parametrize("error", [ControllerError(LOST), LOST], ids=["told", "the controller"])
+def test_workers_lost_where_ray_gives_up_are_started_again(
+    error: Exception, cluster: dict[str, float], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    cluster.update(a=4)
+    trainers = told(monkeypatch, error, error)
+    launch.train_with_ray(RunFolder(tmp_path), ELASTIC)
+    assert len(trainers) == 3
+
+    trainers = told(monkeypatch, *[error] * 9)
+    with pytest.raises(WorkersLost, match="its worker process has died"):
+        launch.train_with_ray(RunFolder(tmp_path), ELASTIC)
+    assert len(trainers) == 1 + launch.MAX_WORKER_FAILURES
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
