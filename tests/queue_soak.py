@@ -72,6 +72,7 @@ class Soak:
         self.expected: str | None = None
         self.attempts: Counter[int] = Counter()
         self.done: Counter[str] = Counter()
+        self.told_to_end = threading.Event()
 
     def round(self, number: int, num_jobs: int, faults: list[str]) -> list[str]:
         """Submit, disturb, wait; return what is wrong."""
@@ -84,12 +85,16 @@ class Soak:
             wait_s = self.rng.uniform(1.0, LATEST_S)
             timers.append(threading.Timer(wait_s, self._do, (fault, number, undone)))
             timers[-1].start()
-        while time.monotonic() - started < ROUND_S:
+        while time.monotonic() - started < ROUND_S and not self.told_to_end.is_set():
             if all(self.store.job(job_id).finished_at for job_id in ids):
                 break
             time.sleep(1.0)
         for timer in timers:
+            if self.told_to_end.is_set():
+                timer.cancel()
             timer.join()
+        if self.told_to_end.is_set():
+            return []
         self.faults.job_ids.difference_update(ids)
         wrong = undone + [fault for job_id in ids for fault in self._check(job_id)]
         attempts = [self.store.job(job_id).attempt for job_id in ids]
@@ -218,12 +223,17 @@ def _soak(soak: Soak, args: argparse.Namespace) -> int:
             faults = soak.rng.sample(args.faults, min(args.faults_a_round, len(args.faults)))
             wrong.extend(soak.round(number, args.jobs, faults))
             count += 1
-            if time.monotonic() - started > args.seconds:
+            if soak.told_to_end.is_set() or time.monotonic() - started > args.seconds:
                 break
         return count
 
     with ThreadPoolExecutor(args.at_once) as pool:
-        number = sum(it.result() for it in [pool.submit(rounds) for _ in range(args.at_once)])
+        series = [pool.submit(rounds) for _ in range(args.at_once)]
+        try:
+            number = sum(it.result() for it in series)
+        except SystemExit:
+            soak.told_to_end.set()
+            raise
     soak.store.close()
     tries = ", ".join(f"{count} of {tries}" for tries, count in sorted(soak.attempts.items()))
     print(f"jobs by the number of their attempts: {tries}")
