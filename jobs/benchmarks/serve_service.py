@@ -31,7 +31,7 @@ from s2ft_ray.method import Adapter
 from s2ft_ray.registry import register_adapter
 from s2ft_ray.serving.deployment import deploy
 from s2ft_ray.serving.requests import AdapterKey
-from s2ft_ray.serving.settings import BaseSettings, ServingSettings
+from s2ft_ray.serving.settings import SERVE_ENV, BaseSettings, ServingSettings
 
 BASE_ID = "bench"
 _LISTED_TIMEOUT_S = 120.0
@@ -107,7 +107,8 @@ def _home(folder: Path) -> Iterator[None]:
 
 @contextmanager
 def _own_ray(folder: Path, num_cpus: int) -> Iterator[None]:
-    """Give a context with a Ray that nobody else uses."""
+    """Give a context with a Ray that nobody else uses, its processes set as `s2ft up` sets them."""
+    os.environ.update(SERVE_ENV)
     ray.init(
         address="local",
         num_cpus=num_cpus,

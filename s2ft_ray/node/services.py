@@ -18,6 +18,7 @@ from typing import Literal
 
 from s2ft_ray.node.ports import LOOPBACK, Port
 from s2ft_ray.node.processes import MARK
+from s2ft_ray.serving.settings import SERVE_ENV
 
 ServiceName = Literal["ray", "mlflow", "scheduler"]
 SERVICES: tuple[ServiceName, ...] = ("ray", "mlflow", "scheduler")
@@ -125,8 +126,8 @@ def service_env(site: Site, service: ServiceName, outer: Mapping[str, str]) -> d
     # it looks for a cluster on another address, and dies of it
     env["RAY_API_SERVER_ADDRESS"] = client["RAY_API_SERVER_ADDRESS"]
     env["RAY_USAGE_STATS_ENABLED"] = "0"
-    # a proxy that died is replaced once it has failed three checks: after half a minute by default
-    env.setdefault("RAY_SERVE_PROXY_HEALTH_CHECK_PERIOD_S", "1")
+    for key, value in SERVE_ENV.items():
+        env.setdefault(key, value)
     # there is no other node that what runs could go to: Ray would wait the whole time for nothing
     env["RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S"] = "0"
     env["DASHBOARD_METRIC_PORT"] = str(site.port_base + Port.DASHBOARD_METRICS)

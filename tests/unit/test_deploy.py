@@ -12,6 +12,7 @@ import pytest
 import yaml
 
 from s2ft_ray.scheduler.settings import load_settings
+from s2ft_ray.serving.settings import SERVE_ENV
 
 REPO = Path(__file__).parents[2]
 DEPLOY = REPO / "deploy"
@@ -167,3 +168,12 @@ def test_the_queue_is_told_of_every_node_that_the_autoscaler_may_add(tmp_path: P
             "GPU": float(asked["nvidia.com/gpu"]),
             "memory": float(asked["memory"].removesuffix("Gi")) * 2**30,
         }
+
+
+def test_the_image_sets_what_serve_needs() -> None:
+    (line,) = [
+        line
+        for line in (DEPLOY / "Containerfile").read_text().splitlines()
+        if line.startswith("ENV ") and "RAY_SERVE" in line
+    ]
+    assert {f"{key}={value}" for key, value in SERVE_ENV.items()} <= set(line.split())
