@@ -44,7 +44,7 @@ class SecondNode:
             self._start()
 
     def _start(self) -> None:
-        env = self._node.env
+        env = {**self._node.env, "RAY_raylet_start_wait_time_s": str(int(PATIENCE_S))}
         program = Path(__file__).parent / "integration" / "second_raylet.py"
         command = [sys.executable, str(program), env["RAY_ADDRESS"], str(self._num_cpus)]
         path = self._node.home / "second-node.log"

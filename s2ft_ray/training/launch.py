@@ -40,7 +40,8 @@ MAX_WORKER_FAILURES = 3
 MAX_START_FAILURES = 30
 
 # A process or node that is gone. Ray Train's controller gives up at once where it meets that
-# between two looks at its workers: as the group starts, or as it is ended.
+# between two looks at its workers: as the group starts, or as it is ended. It isn't started again
+# here: its placement group may outlive it, and is given back with this process's job alone.
 _GONE = (RayActorError, WorkerCrashedError, NodeDiedError, ObjectLostError)
 
 _STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
@@ -51,10 +52,6 @@ RAY_TRAIN_SETTINGS = {
     # How soon a node's drain is seen: 5 s by default, and a spot node may be gone in 30.
     "RAY_TRAIN_PREEMPTION_POLL_INTERVAL_S": "1",
 }
-
-
-class _LostUnwatched(WorkersLost):
-    """A process of the group that was lost where Ray Train doesn't start it again."""
 
 
 # torch's own, of CUDA and the CPU's allocator, and Ray's, which kills when a node runs short.
@@ -95,23 +92,13 @@ def train_with_ray(run: RunFolder, parallel: ParallelConfig) -> None:
     for name, value in RAY_TRAIN_SETTINGS.items():
         os.environ.setdefault(name, value)
     with _stopped_by_signals(run):
-        while (fault := _fit_despite_losses(run, parallel)) is not None:
+        while (fault := _fit(run, parallel)) is not None:
             if not isinstance(fault, Preempted) or run.is_stop_requested():
                 raise fault
             if _count_places(parallel) < _fewest(parallel):
                 logger.warning("a node is being drained, and the others have no room")
                 raise fault
             logger.warning("a node is being drained: from step %d on the others", fault.step)
-
-
-def _fit_despite_losses(run: RunFolder, parallel: ParallelConfig) -> S2FTError | None:
-    """Start the group again where Ray Train itself doesn't."""
-    for _ in range(MAX_WORKER_FAILURES):
-        try:
-            return _fit(run, parallel)
-        except _LostUnwatched as error:
-            logger.warning("the workers are started again: %s", error)
-    return _fit(run, parallel)
 
 
 def _fit(run: RunFolder, parallel: ParallelConfig) -> S2FTError | None:
@@ -212,9 +199,11 @@ def _explain(error: Exception) -> S2FTError:
             " its log has the traceback; --resume goes on from the newest checkpoint"
         )
     cause = error.controller_failure if isinstance(error, ControllerError) else error
-    kind = _LostUnwatched if isinstance(cause, _GONE) else JobError
     lines = str(error).strip().splitlines() or [type(error).__name__]
-    return kind(f"Ray Train gave up: {lines[-1]}; the job's log has the traceback")
+    told = f"Ray Train gave up: {lines[-1]}; the job's log has the traceback"
+    if isinstance(cause, _GONE):
+        return WorkersLost(f"{told}; --resume goes on from the newest checkpoint")
+    return JobError(told)
 
 
 def _fewest(parallel: ParallelConfig) -> int:

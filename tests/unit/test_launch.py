@@ -122,18 +122,14 @@ LOST = RayActorError(error_msg="its worker process has died")
 
 
 @pytest.mark.parametrize("error", [ControllerError(LOST), LOST], ids=["told", "the controller"])
-def test_workers_lost_where_ray_gives_up_are_started_again(
+def test_a_process_lost_where_ray_train_gives_up_is_told_as_lost(
     error: Exception, cluster: dict[str, float], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     cluster.update(a=4)
-    trainers = told(monkeypatch, error, error)
-    launch.train_with_ray(RunFolder(tmp_path), ELASTIC)
-    assert len(trainers) == 3
-
-    trainers = told(monkeypatch, *[error] * 9)
-    with pytest.raises(WorkersLost, match="its worker process has died"):
+    trainers = told(monkeypatch, error)
+    with pytest.raises(WorkersLost, match=r"its worker process has died.*--resume goes on"):
         launch.train_with_ray(RunFolder(tmp_path), ELASTIC)
-    assert len(trainers) == 1 + launch.MAX_WORKER_FAILURES
+    assert len(trainers) == 1  # not by this process: see launch._GONE
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
