@@ -2,6 +2,7 @@
 
 import dataclasses
 import errno
+import itertools
 import json
 import os
 import subprocess
@@ -21,6 +22,7 @@ from s2ft_ray.method import Adapter, convert, extract_adapter
 from s2ft_ray.training import checkpoint, worker
 from s2ft_ray.training.objective import target_loss
 from s2ft_ray.training.optimizer import learning_rate
+from s2ft_ray.training.parallel import decoder_layers
 from s2ft_ray.training.run_folder import RunFolder
 from s2ft_ray.training.traffic import TrafficCounter
 
@@ -141,6 +143,48 @@ def test_dropout_is_the_same_in_every_run(two: GlooPool, tmp_path: Path) -> None
     assert fingerprint(first) == fingerprint(second)
     other = train_in(two, tmp_path / "other", runs.save_base(tmp_path / "without"))
     assert fingerprint(other) != fingerprint(first)
+
+
+def train_with_a_layer_left_out(path: Path) -> int:
+    """Train where the second layer is left out of each step's first micro-batch."""
+    shard, left_out = worker.shard_model, 0
+
+    def shard_and_leave_out(model: Any, workers: Any, layout: Any) -> None:
+        layer, passes = decoder_layers(model)[1], itertools.count()
+        shard(model, workers, layout)
+        forward = layer.forward
+
+        def sometimes(hidden: torch.Tensor, *args: Any, **rest: Any) -> Any:
+            nonlocal left_out
+            if torch.is_grad_enabled() and next(passes) % 2 == 0:
+                left_out += 1
+                return hidden
+            return forward(hidden, *args, **rest)
+
+        layer.forward = sometimes
+
+    worker.shard_model = shard_and_leave_out
+    try:
+        runs.train(path)
+    finally:
+        worker.shard_model = shard
+    return left_out
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_layer_that_one_micro_batch_leaves_out_trains_by_the_others(
+    two: GlooPool, tmp_path: Path, dtype: torch.dtype
+) -> None:
+    base = runs.save_base(tmp_path / "base", dtype=dtype)
+    made = []
+    for mode in ("replicate", "full"):
+        parallel = {"num_workers": 2, "sharding": mode}
+        run = runs.make_run(tmp_path / mode, base, parallel=parallel)
+        assert two.run(train_with_a_layer_left_out, run.path) == [6, 6]  # of two in each step
+        made.append(run)
+    assert fingerprint(made[0]) == fingerprint(made[1])
+    parts = Adapter.load(made[0].adapter).slices
+    assert all(float(part.delta.abs().max()) > 0 for part in parts.values())
 
 
 def test_packed_rows_train(two: GlooPool, tmp_path: Path, base: Path) -> None:

@@ -1,10 +1,12 @@
 import os
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from s2ft_ray.config import RunConfig, parse_config
+from s2ft_ray.finetune import main
 from s2ft_ray.finetune.inputs import settle
 
 
@@ -95,3 +97,19 @@ def test_whatever_else_names_a_path_gets_its_full_path_too(
     assert settled.data.chat_template == "{{ messages }}"
     assert settled.registry.parent == str(tmp_path / "adapter")
     assert settled.checkpoint.storage_path == str(tmp_path / "runs")
+
+
+@pytest.mark.parametrize("flag", [["--profile"], []])
+def test_the_profile_flag_is_the_runs_own_setting(
+    flag: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, planned = tmp_path / "run.yaml", list[RunConfig]()
+    path.write_text("tenant: acme\nname: bot\ndata: {train: rows.jsonl}\n")
+
+    def plan(config: RunConfig) -> SimpleNamespace:
+        planned.append(config)
+        return SimpleNamespace(describe=str)
+
+    monkeypatch.setattr(main, "_plan", plan)
+    assert main.main(["--config", str(path), "--dry-run", *flag]) == 0
+    assert planned[0].tracking.profile is bool(flag)
