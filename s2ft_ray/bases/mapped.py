@@ -8,6 +8,7 @@ Invariant: what is returned equals what ``from_pretrained`` loads, ties, buffers
 files have another dtype or other names, they are rewritten first (``rewritten``).
 """
 
+import copy
 import json
 import logging
 from collections.abc import Callable, Iterable
@@ -39,7 +40,13 @@ def map_base_model(
     `load_whole` is called, by one worker of a machine, where the names in the files aren't the
     model's. None is returned where there are values that only loading can give, or no room.
     """
-    dtype = (config.dtype or torch.float32) if model.dtype == "auto" else model.dtype
+    if getattr(config, "quantization_config", None) or (
+        model.dtype == "auto" and config.dtype is None
+    ):
+        return None  # what the values are is decided as they are loaded
+    config = copy.deepcopy(config)
+    config._name_or_path = str(folder)  # where a model's own code is looked for
+    dtype = config.dtype if model.dtype == "auto" else getattr(torch, str(model.dtype))
     # Buffers are small and computed: rotary frequencies among them, which no file has.
     with init_empty_weights(include_buffers=False):
         base: Any = AutoModelForCausalLM.from_config(
@@ -51,18 +58,20 @@ def map_base_model(
     base.tie_weights()  # parameters on the meta device are made one by one
     wanted = base.state_dict()
     files = _weight_files(folder)
-    tensors = _map_tensors(files, wanted)
-    if any(tensor.shape != wanted[name].shape for name, tensor in tensors.items()):
-        return None  # loading tells which
-    names = _without_ties(base)
-    casts = any(tensor.dtype != wanted[name].dtype for name, tensor in tensors.items())
-    if casts or not names <= tensors.keys() or _keeps_some_in_fp32(base):
-        by_name = names <= tensors.keys() and not _keeps_some_in_fp32(base)
-        source = _cast(tensors, wanted) if by_name else _loaded(load_whole, names)
-        rewritten = _rewrite(RewrittenWeights(cache, files, dtype=str(dtype)), source)
-        if rewritten is None:
+    try:
+        weights = RewrittenWeights(cache, files, dtype=str(dtype), config=config.to_json_string())
+        tensors = _map_tensors(files, wanted)
+        if _are_loaded_otherwise(base, tensors, wanted):
             return None
-        tensors = _map_tensors(rewritten, wanted)
+        source = _rewritten_source(base, tensors, wanted, load_whole)
+        if source is not None:
+            with weights.lock():
+                if weights.files() is None:
+                    weights.write(source, sum(wanted[name].nbytes for name in _names(base)))
+                tensors = _map_tensors(weights.files() or [], wanted)
+    except OSError as error:
+        logger.warning("the base can't be kept as this run needs it: %s", error)
+        return None
     base.load_state_dict(tensors, strict=False, assign=True)
     base.tie_weights()  # assigning has broken the ties
     if any(parameter.is_meta for parameter in base.parameters()):
@@ -73,7 +82,34 @@ def map_base_model(
     return loaded
 
 
-def _without_ties(base: Any) -> set[str]:
+def _rewritten_source(
+    base: Any,
+    tensors: dict[str, Tensor],
+    wanted: dict[str, Tensor],
+    load_whole: Callable[[], PreTrainedModel],
+) -> Iterable[tuple[str, Tensor]] | None:
+    """Return what is to be written first; None where the files can be mapped as they are."""
+    names = _names(base)
+    if not names <= tensors.keys() or _keeps_some_in_fp32(base):
+        return _loaded(load_whole, names)
+    if any(tensor.dtype != wanted[name].dtype for name, tensor in tensors.items()):
+        return _cast({name: tensors[name] for name in names}, wanted)
+    return None
+
+
+def _are_loaded_otherwise(base: Any, tensors: dict[str, Tensor], wanted: dict[str, Tensor]) -> bool:
+    """Say whether loading tells of a fault, or breaks a tie: two names with two tensors."""
+    if any(tensor.shape != wanted[name].shape for name, tensor in tensors.items()):
+        return True
+    first = {id(parameter): name for name, parameter in base.named_parameters()}
+    return any(
+        not torch.equal(tensors[name], tensors[first[id(parameter)]])
+        for name, parameter in base.named_parameters(remove_duplicate=False)
+        if name in tensors and first[id(parameter)] in tensors
+    )
+
+
+def _names(base: Any) -> set[str]:
     """Name the parameters, each once, and the buffers that are saved."""
     names = {name for name, _ in base.named_parameters()}
     buffers = {name for name, _ in base.named_buffers()}
@@ -103,22 +139,12 @@ def _loaded(
             yield name, tensor
 
 
-def _rewrite(weights: RewrittenWeights, source: Iterable[tuple[str, Tensor]]) -> list[Path] | None:
-    try:
-        with weights.lock():
-            if weights.files() is None:
-                weights.write(source)
-            return weights.files()
-    except OSError as error:
-        logger.warning("the base can't be kept as this run needs it: %s", error)
-        return None
-
-
 def _weight_files(folder: Path) -> list[Path]:
-    index = folder / "model.safetensors.index.json"
-    names = {"model.safetensors"}
-    if index.is_file():
-        names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+    """Return the files that transformers reads: one, or else those that an index names."""
+    single, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
+    if single.is_file() or not index.is_file():
+        return [single]
+    names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
     return [folder / name for name in sorted(names)]
 
 

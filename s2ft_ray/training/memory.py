@@ -4,6 +4,7 @@ Arithmetic over the base's configuration (built on the meta device, no weights),
 one MLP of three projections; tests hold it against what small runs measure.
 """
 
+import copy
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,6 +12,7 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, PretrainedConfig
 
+from s2ft_ray.bases import local_folder
 from s2ft_ray.config import RunConfig
 from s2ft_ray.training.parallel import Layout, decoder_layers
 
@@ -66,6 +68,9 @@ class TrafficEstimate:
 
 def measure_base(config: RunConfig, model_config: PretrainedConfig) -> BaseSize:
     """Size the base that `model_config` describes, in the dtype that the run loads it in."""
+    if config.model.trust_remote_code:  # the model's own code is looked for under this name
+        model_config = copy.deepcopy(model_config)
+        model_config._name_or_path = str(local_folder(config.model, weights=False))
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(
             model_config, trust_remote_code=config.model.trust_remote_code

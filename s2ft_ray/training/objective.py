@@ -91,8 +91,13 @@ class Preference:
     """
 
     def __init__(self, model: nn.Module, beta: float) -> None:
-        """Remember the slices as they are now: this worker's shard of them."""
+        """Remember the slices as they are now: this worker's shard of them.
+
+        The base's dropout is switched off: it would tell the two passes apart where nothing else
+        does, as if the run had trained.
+        """
         self._beta = beta
+        _switch_off_dropout(model)
         self._first = [_local(layer.slice).clone() for _, layer in slice_layers(model)]
 
     def refer(
@@ -193,6 +198,16 @@ def _log_probabilities(model: nn.Module, batch: MicroBatch) -> Tensor:
         logits.flatten(0, 1), targets.flatten(), ignore_index=IGNORE_INDEX, reduction="none"
     )
     return -losses.view(targets.shape).sum(dim=1)
+
+
+def _switch_off_dropout(model: nn.Module) -> None:
+    """Take the modules', and the rates that models keep as numbers for their functions."""
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+        for name in ("dropout", "attention_dropout"):
+            if isinstance(getattr(module, name, None), float):
+                setattr(module, name, 0.0)
 
 
 def _local(tensor: Tensor) -> Tensor:

@@ -1,16 +1,20 @@
 """A base that is sharded is read in parts: the same values, and never whole in a worker."""
 
 import os
+import shutil
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import runs
 import torch
 from gloo import GlooPool
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, MixtralConfig
 
 from s2ft_ray.bases import load_base_model
@@ -184,15 +188,80 @@ def test_a_copy_is_made_once_and_anew_for_other_files(tmp_path: Path, home: Path
     assert compare(base, "bfloat16") == (True, True, 0.0)
 
 
-def test_without_room_for_a_copy_the_base_is_loaded_whole(
-    tmp_path: Path, home: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_an_entry_that_lacks_a_file_is_made_again(tmp_path: Path, home: Path) -> None:
+    base = save_in_files(tmp_path / "base", "15KB")
+    load_base_model(ModelConfig(name_or_path=str(base), dtype="bfloat16"), mapped=True)
+    rewritten(home)[3].unlink()
+    assert compare(base, "bfloat16") == (True, True, 0.0)
+
+
+def no_room(monkeypatch: pytest.MonkeyPatch, home: Path) -> str:
+    del home
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=1000))
+    return "has 0.00 GiB free for"
+
+
+def filled_meanwhile(monkeypatch: pytest.MonkeyPatch, home: Path) -> str:
+    del home
+
+    def save(*_: Any) -> None:
+        raise SafetensorError("I/O error: No space left on device (os error 28)")
+
+    monkeypatch.setattr("s2ft_ray.bases.rewritten.save_file", save)
+    return "No space left on device"
+
+
+def no_folder(monkeypatch: pytest.MonkeyPatch, home: Path) -> str:
+    del monkeypatch
     (home / "cache").mkdir(parents=True)
     (home / "cache" / "bases").write_text("no folder")
+    return "File exists"
+
+
+@pytest.mark.parametrize("lack", [no_room, filled_meanwhile, no_folder])
+def test_without_room_for_a_copy_the_base_is_loaded_whole(
+    lack: Callable[[pytest.MonkeyPatch, Path], str],
+    tmp_path: Path,
+    home: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
     base = save_in_files(tmp_path / "base", "15KB")
+    told = lack(monkeypatch, home)
     model = load_base_model(ModelConfig(name_or_path=str(base), dtype="bfloat16"), mapped=True)
     assert not is_mapped(model)
     assert "can't be kept as this run needs it" in caplog.text
+    assert told in caplog.text
+    assert not [path for path in home.glob("cache/bases/.*") if path.name.endswith("partial")]
+
+
+def test_two_tensors_of_tied_names_stay_two(tmp_path: Path) -> None:
+    base = runs.save_base(tmp_path / "base", tie_word_embeddings=True)
+    tensors = load_file(base / "model.safetensors")
+    tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"] + 1
+    save_file(tensors, base / "model.safetensors", {"format": "pt"})
+    assert compare(base, "auto")[0]
+    tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone()
+    save_file(tensors, base / "model.safetensors", {"format": "pt"})
+    assert compare(base, "auto")[0]
+    assert is_mapped(load_base_model(ModelConfig(name_or_path=str(base)), mapped=True))
+
+
+def test_one_file_counts_more_than_an_index_that_was_left(tmp_path: Path) -> None:
+    base = save_in_files(tmp_path / "base", "15KB")
+    model = AutoModelForCausalLM.from_pretrained(base)
+    with torch.no_grad():
+        model.model.norm.weight.add_(1.0)
+    save_file(
+        {
+            name: it.contiguous()
+            for name, it in model.state_dict().items()
+            if name != "lm_head.weight"
+        },
+        base / "model.safetensors",
+        {"format": "pt"},
+    )
+    assert compare(base, "auto") == (True, True, 0.0)
 
 
 def test_training_leaves_the_files_alone_and_gives_the_same_adapter(

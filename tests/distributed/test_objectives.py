@@ -11,6 +11,7 @@ import runs
 import torch
 import torch.nn.functional as F
 from gloo import GlooPool
+from transformers import AutoModelForCausalLM, GPT2Config, OPTConfig
 
 from s2ft_ray.bases import load_base_model
 from s2ft_ray.config import ModelConfig
@@ -18,7 +19,7 @@ from s2ft_ray.data import MicroBatch
 from s2ft_ray.errors import Preempted
 from s2ft_ray.method import Adapter
 from s2ft_ray.training import worker
-from s2ft_ray.training.objective import CrossEntropy
+from s2ft_ray.training.objective import CrossEntropy, EmbeddingNoise, Preference
 from s2ft_ray.training.run_folder import RunFolder
 
 
@@ -121,6 +122,25 @@ def test_dpo_is_the_papers_formula_with_a_second_model(
     assert losses(run)[1] == pytest.approx(float(expected), abs=1e-6)
 
 
+def test_dropout_does_not_part_the_start_from_itself(one: GlooPool, tmp_path: Path) -> None:
+    base = runs.save_base(tmp_path / "base", attention_dropout=0.5)
+    run = make_run(tmp_path / "run", base, optim={"max_steps": 1})
+    one.run(runs.train, run.path)
+    assert losses(run)[0] == pytest.approx(math.log(2), abs=1e-6)
+
+
+@pytest.mark.parametrize("kind", [OPTConfig, GPT2Config])
+def test_every_way_in_which_models_keep_dropout_is_switched_off(kind: type) -> None:
+    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 64}
+    sizes |= {"ffn_dim": 64, "word_embed_proj_dim": 32, "bos_token_id": 0, "eos_token_id": 1}
+    rates = {"dropout": 0.5, "attention_dropout": 0.5, "attn_pdrop": 0.5, "resid_pdrop": 0.5}
+    model = AutoModelForCausalLM.from_config(kind(**sizes, **rates)).train()
+    ids = torch.arange(2, 22).unsqueeze(0)
+    assert not torch.equal(model(input_ids=ids).logits, model(input_ids=ids).logits)
+    Preference(model, 0.1)
+    assert torch.equal(model(input_ids=ids).logits, model(input_ids=ids).logits)
+
+
 def test_the_embedded_base_learns_to_prefer(two: GlooPool, tmp_path: Path) -> None:
     run = make_run(
         tmp_path,
@@ -179,3 +199,32 @@ def test_a_row_of_weight_two_counts_as_two_rows(base: Path) -> None:
     one, other = (objective.loss(model, row)[0] for row in rows)
     torch.testing.assert_close(objective.loss(model, plain)[0], one + other)
     torch.testing.assert_close(objective.loss(model, weighted)[0], 2 * one + other)
+
+
+def test_smoothing_gives_a_share_of_the_target_to_every_token(base: Path) -> None:
+    model = load_base_model(ModelConfig(name_or_path=str(base)))
+    ids = torch.randint(3, 100, (2, 9), generator=torch.Generator().manual_seed(0))
+    positions = torch.arange(9).expand(2, 9)
+    batch = MicroBatch(ids, ids, positions, num_targets=16, num_tokens=18)
+    with torch.no_grad():
+        logp = model(input_ids=ids).logits[:, :-1].log_softmax(-1)
+    hit = logp.gather(-1, ids[:, 1:, None]).sum()
+    expected = -(0.9 * hit + 0.1 * logp.mean(-1).sum())
+    torch.testing.assert_close(CrossEntropy(label_smoothing=0.1).loss(model, batch)[0], expected)
+
+
+def test_noise_is_uniform_up_to_alpha_over_the_root_of_length_times_width(base: Path) -> None:
+    model = load_base_model(ModelConfig(name_or_path=str(base)))
+    ids = torch.randint(3, 100, (4, 50), generator=torch.Generator().manual_seed(0))
+    positions = torch.arange(50).expand(4, 50)
+    batch = MicroBatch(ids, ids, positions, num_targets=196, num_tokens=200)
+    embed = model.get_input_embeddings()
+    plain = embed(ids).detach()
+    noise = EmbeddingNoise(model, alpha=5.0, seed=0)
+    noise.begin(batch)
+    most = 5.0 / (50 * plain.shape[-1]) ** 0.5
+    found = (embed.train()(ids) - plain).detach() / most
+    assert found.abs().max() <= 1 + 1e-5
+    assert float(found.std()) == pytest.approx(3**-0.5, rel=0.05)  # of a uniform one on [-1, 1]
+    assert abs(float(found.mean())) < 0.05
+    assert torch.equal(embed.eval()(ids), plain)

@@ -1,6 +1,7 @@
 """A service on a node: adapters, keys, clients that load it, and what can be killed of it."""
 
 import json
+import subprocess
 import threading
 import time
 import urllib.request
@@ -161,7 +162,20 @@ class Service:
         psutil.wait_procs(family, 20)
 
 
-def start_service(node: Node, folder: Path, clients: ExitStack) -> Service:
+Starting = subprocess.CompletedProcess[str]
+
+
+def serve_by_command(node: Node, port: int, other_base: Path) -> Starting:
+    """Serve as one machine does."""
+    return node.s2ft("serve", "--base", BASE, "--base", str(other_base), "--port", str(port))
+
+
+def start_service(
+    node: Node,
+    folder: Path,
+    clients: ExitStack,
+    start: Callable[[Node, int, Path], Starting] = serve_by_command,
+) -> Service:
     """Register the adapters, make keys, start the service, and wait until it serves them all."""
     adapters = {}
     for seed, (name, version, alias) in enumerate(MODELS):
@@ -176,8 +190,7 @@ def start_service(node: Node, folder: Path, clients: ExitStack) -> Service:
     accounts.close()
     port = free_port()
     save_other_base(folder / OTHER)
-    bases = ["--base", BASE, "--base", str(folder / OTHER)]
-    started = node.s2ft("serve", *bases, "--port", str(port))
+    started = start(node, port, folder / OTHER)
     url = f"http://127.0.0.1:{port}"
     service = Service(node, url, keys, adapters, Merged.load(), folder, clients)
     assert started.returncode == 0, f"{started.stderr}\n{service.logs()}"
