@@ -24,10 +24,12 @@ check: setup
 test: setup
 	$(BIN)/python -m pytest -n 2
 
-# Minutes each: a queue of real jobs that are disturbed, a run whose nodes are taken away, lm_eval.
+# Minutes each: a queue of real jobs that are disturbed, a run whose nodes are taken away, lm_eval;
+# and workers killed at every moment of a run.
 test-long: setup
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[long]'
 	$(BIN)/python -m pytest -m long
+	S2FT_KILLS=60 $(BIN)/python -m pytest -s tests/distributed/test_kills.py
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info

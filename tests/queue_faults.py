@@ -38,10 +38,19 @@ class SecondNode:
         self._changing = threading.Lock()
 
     def replace(self) -> None:
-        """End what is left of it, and let another one join the cluster; wait for it."""
+        """End what is left of it, and let another one join the cluster; wait for it.
+
+        Where the head is away it can't join: it is tried again until that is back.
+        """
+        deadline = time.monotonic() + PATIENCE_S
         with self._changing:
-            self.end()
-            self._start()
+            while True:
+                self.end()
+                try:
+                    return self._start()
+                except AssertionError:
+                    if time.monotonic() > deadline:
+                        raise
 
     def _start(self) -> None:
         env = {**self._node.env, "RAY_raylet_start_wait_time_s": str(int(PATIENCE_S))}

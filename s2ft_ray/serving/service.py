@@ -30,6 +30,8 @@ _PROBE_S = 2.0
 _PROBE_TIMEOUT_S = 5.0
 _SILENCE_S = 15.0
 """A base that answers nothing for so long, pings included, is not healthy."""
+_FIRST_CATALOG_S = 60.0
+"""The watcher may be starting, too."""
 
 
 class ReplicaLostError(Exception):
@@ -112,14 +114,21 @@ class Service:
         self._counts = counts
         self._limits = TenantLimits()
         self._catalog = Catalog()
+        self._was_told = asyncio.Event()
+        """Whether the watcher has told what the registry holds, or why it can't be read."""
         self._running = 0
         self._heard = dict.fromkeys(bases, -_SILENCE_S)
         self._tasks: list[asyncio.Task[None]] = []
 
     async def start(self) -> None:
-        """Begin to follow the catalog and to probe the bases."""
+        """Begin to follow the catalog and to probe the bases; wait a while for the first catalog.
+
+        Serve sends requests once this is over: they wait where they would be refused.
+        """
         self._tasks = [asyncio.create_task(self._follow())]
         self._tasks += [asyncio.create_task(self._probe(base_id)) for base_id in self._bases]
+        with suppress(TimeoutError):
+            await asyncio.wait_for(self._was_told.wait(), _FIRST_CATALOG_S)
 
     async def stop(self) -> None:
         """End what `start` began."""
@@ -311,6 +320,8 @@ class Service:
                     self._catalog = catalog.keeping(self._catalog)
                 else:
                     self._catalog = replace(self._catalog, problem=catalog.problem)
+                if catalog.is_ready or catalog.problem is not None:
+                    self._was_told.set()
             except Exception as error:  # noqa: BLE001 - the watcher is being restarted
                 log.warning("the catalog can't be followed now: %r", error)
                 await asyncio.sleep(1.0)

@@ -6,7 +6,12 @@ from typing import Any
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import (
+    AutoModelForCausalLM,
+    LlamaConfig,
+    PretrainedConfig,
+    PreTrainedTokenizerFast,
+)
 
 from s2ft_ray.bases import load_tokenizer
 from s2ft_ray.config import parse_config
@@ -15,8 +20,13 @@ from s2ft_ray.training.run_folder import RunFolder, create_run_folder
 from s2ft_ray.training.worker import run_worker
 
 
-def save_base(folder: Path, dtype: torch.dtype = torch.float32, **config: Any) -> Path:
-    """Save a random-weight Llama with grouped-query attention and a byte tokenizer."""
+def save_base(
+    folder: Path,
+    dtype: torch.dtype = torch.float32,
+    kind: type[PretrainedConfig] = LlamaConfig,
+    **config: Any,
+) -> Path:
+    """Save a random-weight model (a Llama with grouped-query attention) and a byte tokenizer."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     vocab = {token: i for i, token in enumerate(["<pad>", "<s>", "</s>", *alphabet])}
     backend = Tokenizer(models.BPE(vocab=vocab, merges=[]))
@@ -36,8 +46,8 @@ def save_base(folder: Path, dtype: torch.dtype = torch.float32, **config: Any) -
         "num_key_value_heads": 2,
         "head_dim": 4,
     }
-    model = LlamaForCausalLM(
-        LlamaConfig(pad_token_id=0, bos_token_id=1, eos_token_id=2, **sizes | config)
+    model = AutoModelForCausalLM.from_config(
+        kind(pad_token_id=0, bos_token_id=1, eos_token_id=2, **sizes | config)
     )
     model.to(dtype).save_pretrained(folder)
     return folder

@@ -1,6 +1,7 @@
 """Workers killed at random steps and phases: the run ends with the same adapter.
 
-``S2FT_KILLS=200`` for the long form.
+``S2FT_KILLS=200`` for the long form. The three of the short form are at a commit, while tensors are
+written, and while the adapter is saved.
 """
 
 import os
@@ -29,7 +30,7 @@ def test_a_run_killed_at_random_moments_ends_with_the_same_adapter(tmp_path: Pat
     whole = runs.make_run(tmp_path / "whole", base, **sections)
     assert kills.start(whole.path, None) == [0, 0]
     wanted = Adapter.load(whole.adapter).fingerprint
-    generator = random.Random(os.environ.get("S2FT_KILLS_SEED", "0"))
+    generator = random.Random(os.environ.get("S2FT_KILLS_SEED", "117"))
     done: list[kills.Kill] = []
     number = 0
     while len(done) < NUM_KILLS:

@@ -10,6 +10,7 @@ import pytest
 import runs
 import torch
 from gloo import GlooPool
+from transformers import MixtralConfig
 
 from s2ft_ray.bases import load_model_config
 from s2ft_ray.method import Adapter
@@ -32,6 +33,11 @@ UNEVEN = {"hidden_size": 30, "intermediate_size": 37}
 @pytest.fixture(scope="module")
 def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return runs.save_base(tmp_path_factory.mktemp("base"), **UNEVEN)
+
+
+@pytest.fixture
+def home(tmp_path: Path) -> Path:
+    return tmp_path / "home"
 
 
 def make_run(folder: Path, base: Path, mode: str, **sections: Any) -> RunFolder:
@@ -59,6 +65,46 @@ def test_all_layouts_train_alike_on_uneven_sizes(
         loss, delta = differences(made["replicate"], made[mode])
         assert loss < 1e-5
         assert delta < 1e-5
+
+
+def test_experts_train_alike_in_every_layout_and_their_gradients_are_clipped(
+    four: GlooPool, tmp_path: Path, home: Path
+) -> None:
+    # grouped_mm wants strides of 16 bytes
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_local_experts": 4}
+    base = runs.save_base(tmp_path / "base", kind=MixtralConfig, num_experts_per_tok=2, **sizes)
+    made = {}
+    for mode in MODES:
+        optim = {"max_grad_norm": 0.05}
+        made[mode] = make_run(tmp_path / mode, base, mode, optim=optim)
+        four.run(train_at_home, made[mode].path, home)
+        norms = [line["grad_norm"] for line in runs.read_metrics(made[mode], "train")]
+        assert min(norms) > 0.05
+    assert any("experts" in name for name in Adapter.load(made["full"].adapter).slices)
+    for mode in ("full", "hybrid"):
+        loss, delta = differences(made["replicate"], made[mode])
+        assert loss < 1e-5
+        assert delta < 1e-5
+
+
+def train_at_home(path: Path, home: Path, free_bytes: int | None = None) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("S2FT_HOME", str(home))
+        if free_bytes is not None:
+            patch.setattr(worker.Workers, "free_bytes", lambda _: free_bytes)
+        runs.train(path)
+
+
+@pytest.mark.parametrize(("free_kib", "expected"), [(10_000, "replicate"), (100, "full")])
+def test_auto_decides_by_what_is_free_and_the_run_keeps_to_it(
+    two: GlooPool, tmp_path: Path, home: Path, base: Path, free_kib: int, expected: str
+) -> None:
+    run = make_run(tmp_path / "run", base, "auto")
+    two.run(train_at_home, run.path, home, free_kib * 1024)
+    world = run.read_json("world.json")
+    assert world is not None
+    assert world["sharding"] == expected
+    assert Adapter.load(run.adapter).slices
 
 
 def test_a_hybrid_run_resumes_in_groups_of_another_size(

@@ -99,11 +99,11 @@ class Service:
         return self.send(f"/v1/models/initech.swapped/{action}", body, "initech")
 
     def listed(self, tenant: str) -> list[str]:
-        """Return the models that a key may call; none before the registry was read."""
+        """Return the models that a key may call; none before it is deployed and has read all."""
         try:
             with self.passing_client(tenant) as client:
                 return [model.id for model in client.models.list()]
-        except (openai.InternalServerError, openai.APIConnectionError):
+        except (openai.InternalServerError, openai.NotFoundError, openai.APIConnectionError):
             return []
 
     def running(self) -> int:

@@ -14,6 +14,7 @@ from typing import Any
 import psutil
 import pytest
 import yaml
+from mlflow import MlflowClient
 from nodes import Node
 
 from s2ft_ray.finetune.main import main
@@ -204,6 +205,24 @@ def test_a_run_that_is_stopped_and_loses_a_worker_and_its_driver_ends_with_the_s
     assert resumed.returncode == 0, resumed.stderr
     same = f"registered acme.parity version {story['model']['version']} as @champion"
     assert resumed.stdout.strip().splitlines()[-1] == same  # the same version, not a second one
+
+
+def test_where_a_steps_time_went_is_in_mlflow(node: Node, undisturbed: RunFolder) -> None:
+    uri = node.env["MLFLOW_TRACKING_URI"]
+    client = MlflowClient(uri, uri)
+    (run,) = (
+        run
+        for experiment in client.search_experiments()
+        for run in client.search_runs([experiment.experiment_id])
+        if run.data.tags.get("job") == undisturbed.run_id
+    )
+    last = metrics_of(undisturbed, "train")[-1]
+    for phase in ("data", "forward", "backward", "optimizer", "write_back", "communication"):
+        assert run.data.metrics[f"train/{phase}_seconds"] == last[f"{phase}_seconds"]
+        history = client.get_metric_history(run.info.run_id, f"train/{phase}_seconds")
+        assert [point.step for point in history] == list(range(1, STEPS + 1))
+    for name in ("tokens_per_s", "model_flop_utilisation"):
+        assert run.data.metrics[f"train/{name}"] > 0
 
 
 def test_a_parent_is_continued_without_mlflow_and_registered_later(

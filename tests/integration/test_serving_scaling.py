@@ -9,25 +9,32 @@ from typing import Any
 import pytest
 import yaml
 from nodes import BIN, Node
-from served_node import PARTS, Load, Service, Starting, start_service
+from served_node import OTHER, PARTS, Load, Service, Starting, start_service
 
 DEPLOY = Path(__file__).parents[2] / "deploy" / "serve.yaml"
 ASKED = (("initech", "initech.served"), ("globex", "globex.served"))
 VERSIONS = ("initech.served:1", "globex.served:1")
 
 
-def deploy(node: Node, port: int, other_base: Path, max_replicas: int = 2) -> Starting:
-    """Deploy as a cluster's operator does, on loopback, with a second base beside."""
+def deploy(
+    node: Node, port: int, other_base: Path, max_replicas: int = 2, max_output_tokens: int = 4096
+) -> Starting:
+    """Deploy as a cluster's operator does, on loopback, with a second base beside.
+
+    The number of replicas is in the section that Serve changes without starting anything anew.
+    """
     document: dict[str, Any] = yaml.safe_load(DEPLOY.read_text())
     document["http_options"] |= {"host": "127.0.0.1", "port": port}
     (application,) = document["applications"]
-    (base,) = application["args"]["bases"]
-    base |= {"max_replicas": max_replicas, "target_requests": 2}
     application["args"]["bases"].append({"model": {"name_or_path": str(other_base)}})
     application["args"] |= {
         "tracking_uri": node.env["MLFLOW_TRACKING_URI"],
         "database_url": f"sqlite:///{node.home / 'scheduler.db'}",
+        "max_output_tokens": max_output_tokens,
     }
+    scale = {"min_replicas": 1, "max_replicas": max_replicas, "target_ongoing_requests": 2}
+    scale |= {"downscale_delay_s": 2, "upscale_delay_s": 2}
+    application["deployments"] = [{"name": "Base-s2ft-tiny", "autoscaling_config": scale}]
     path = node.home / "serve.yaml"
     path.write_text(yaml.safe_dump(document))
     address = node.env["RAY_API_SERVER_ADDRESS"]
@@ -59,21 +66,34 @@ def replicas(service: Service) -> set[str]:
     return {adapter["replica"] for adapter in service.send("/v1/adapters")["data"]}
 
 
+def started_at(service: Service) -> dict[int, float]:
+    """Return the processes of the base's replicas, and when each began."""
+    found = service.processes(PARTS["a base's replica"])
+    return {process.pid: process.create_time() for process in found}
+
+
 @pytest.mark.long
 @pytest.mark.timeout(900)
 def test_replicas_come_with_the_load_and_go_without_breaking_an_answer(service: Service) -> None:
-    def processes() -> int:
-        return len(service.processes(PARTS["a base's replica"]))
-
-    assert processes() == 1
+    port, other = int(service.url.rpartition(":")[2]), service.folder / OTHER
+    first = started_at(service)
+    assert len(first) == 1
     with Load(service, ASKED, num_clients=8) as load:
         service.wait_until(lambda: len(replicas(service)) == 2)
         load.wait_for_more(60)
-        deployed = deploy(
-            service.node, int(service.url.rpartition(":")[2]), service.folder / "other-base", 1
-        )
+        assert first.items() <= started_at(service).items()
+
+        deployed = deploy(service.node, port, other, max_replicas=1)
         assert deployed.returncode == 0, deployed.stderr
-        service.wait_until(lambda: processes() == 1)
+        service.wait_until(lambda: len(started_at(service)) == 1)
+        load.wait_for_more(40)
+        assert load.broken == []
+
+        # Other settings: everything is started anew, one after the other.
+        before = started_at(service)
+        deployed = deploy(service.node, port, other, max_replicas=1, max_output_tokens=64)
+        assert deployed.returncode == 0, deployed.stderr
+        service.wait_until(lambda: bool(now := started_at(service)) and not now.keys() & before)
         load.wait_for_more(40)
     load.check(*VERSIONS)
     assert load.broken == []
