@@ -163,9 +163,13 @@ def connect() -> "QueueClient":
     import logging
 
     import ray
+    from ray._private import worker as ray_worker
 
     from s2ft_ray.scheduler.client import QueueClient
 
+    # Ray tells every client of its cluster's warnings, whatever log_to_driver says, on stdout: in
+    # the middle of what a program reads. They are in the cluster's logs.
+    ray_worker.print_to_stdstream = lambda *_, **__: None
     address = os.environ["RAY_ADDRESS"]
     try:
         ray.init(logging_level=logging.ERROR, log_to_driver=False)

@@ -44,10 +44,17 @@ def wait(node: Node, name: str, is_there: Callable[[dict[str, Any]], bool]) -> d
     """Wait until a job is as wanted; return its story."""
     deadline = time.monotonic() + PATIENCE_S
     while time.monotonic() < deadline:
-        jobs = json.loads(node.s2ft("jobs", "--json").stdout)
-        for job in (it for it in jobs if it["name"] == name):
-            story: dict[str, Any] = json.loads(node.s2ft("job", job["id"], "--json").stdout)
-            if is_there(story):
-                return story
+        for job in ask(node, "jobs"):
+            if job["name"] == name:
+                story: dict[str, Any] = ask(node, "job", job["id"])
+                if is_there(story):
+                    return story
         time.sleep(1.0)
     raise AssertionError(f"{name} is not as wanted within {PATIENCE_S:.0f} s")
+
+
+def ask(node: Node, *command: str) -> Any:
+    """Return what `s2ft` answers in JSON."""
+    done = node.s2ft(*command, "--json")
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)

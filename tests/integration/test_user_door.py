@@ -1,6 +1,5 @@
-"""What a tenant does with Ray's own commands to his job, and a job that takes what is free."""
+"""What a tenant does with Ray's own commands to his job."""
 
-import json
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,7 +16,6 @@ RESERVED_S = 180.0
 def two_cpus(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Node]:
     node = Node(tmp_path_factory.mktemp("node") / "home")
     node.home.mkdir()
-    (node.home / "scheduler.yaml").write_text("policy: {near_end_s: 0, min_run_s: 0}\n")
     try:
         started = node.s2ft("up", "--num-cpus", "2")
         assert started.returncode == 0, started.stderr
@@ -51,22 +49,3 @@ def test_cpus_that_a_driver_asks_for_are_counted(two_cpus: Node, tmp_path: Path)
     assert "needs 2 x (1 CPU), more than the cluster" in story["reason"]
     run(two_cpus, "ray", "job", "stop", "greedy")  # who waits and is stopped takes its job along
     wait(two_cpus, "greedy", lambda job: job["state"] == "cancelled")
-
-
-@pytest.mark.long
-@pytest.mark.timeout(900)
-def test_an_elastic_job_grows_where_another_ends(two_cpus: Node, tmp_path: Path) -> None:
-    for name in ("first", "elastic"):
-        (tmp_path / name).mkdir()
-    submit(two_cpus, tmp_path / "first", "first", 100_000, num_workers=1)
-    first = wait(two_cpus, "first", lambda job: job["state"] == "running")
-    submit(two_cpus, tmp_path / "elastic", "elastic", 1_500, num_workers=[1, 2])
-    story = wait(two_cpus, "elastic", lambda job: job["state"] == "running")
-    assert story["num_workers"] == 1
-    assert two_cpus.s2ft("cancel", first["id"]).returncode == 0
-    story = wait(two_cpus, "elastic", lambda job: job["state"] == "succeeded")
-    sizes = [it["detail"] for it in story["events"] if it["cause"] == "admitted"]
-    assert sizes == ["1 worker(s)", "2 worker(s)"]
-    lines = (Path(story["run_folder"]) / "metrics.jsonl").read_text().splitlines()
-    steps = [line["step"] for line in map(json.loads, lines) if line["kind"] == "train"]
-    assert steps == list(range(1, 1_501))  # each once, over both sizes

@@ -6,11 +6,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import ray
 import yaml
+from ray._private import worker as ray_worker
 
 from s2ft_ray import cli
 from s2ft_ray.cli import queue_commands
 from s2ft_ray.errors import ConfigError, UnknownJob
+from s2ft_ray.scheduler.client import QueueClient
 
 RUNNING = {
     "id": "job-1",
@@ -260,3 +263,19 @@ def test_without_a_node_the_way_out_is_named(
         1,
         f"error: nothing is up in {tmp_path}; s2ft up starts it, RAY_ADDRESS names a cluster\n",
     )
+
+
+def test_what_ray_tells_of_its_cluster_is_not_among_what_is_asked(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    told = ray_worker.print_to_stdstream
+    monkeypatch.setattr(ray_worker, "print_to_stdstream", told)  # put back in the end
+    monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:1")
+    monkeypatch.setattr(ray, "init", lambda **_: None)
+    monkeypatch.setattr(QueueClient, "find", lambda: object())
+    message = {"lines": ["WARNING: 8 workers"], "pid": "raylet", "is_err": False}
+    ray_worker.print_to_stdstream(message, ignore_prefix=False)
+    assert "WARNING: 8 workers" in capsys.readouterr().out
+    queue_commands.connect()
+    ray_worker.print_to_stdstream(message, ignore_prefix=False)
+    assert capsys.readouterr().out == ""
