@@ -102,10 +102,12 @@ def _are_loaded_otherwise(base: Any, tensors: dict[str, Tensor], wanted: dict[st
     if any(tensor.shape != wanted[name].shape for name, tensor in tensors.items()):
         return True
     first = {id(parameter): name for name, parameter in base.named_parameters()}
+    every = base.named_parameters(remove_duplicate=False)
+    tied = [(name, first[id(it)]) for name, it in every if first[id(it)] != name]
     return any(
-        not torch.equal(tensors[name], tensors[first[id(parameter)]])
-        for name, parameter in base.named_parameters(remove_duplicate=False)
-        if name in tensors and first[id(parameter)] in tensors
+        not torch.equal(tensors[name], tensors[other])
+        for name, other in tied
+        if name in tensors and other in tensors
     )
 
 
