@@ -24,7 +24,8 @@ def main() -> None:
 
 
 def _add_train(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--config", choices=["small", "7b"], default="small", help="model's shape")
+    shapes = ["small", "7b", "13b"]
+    parser.add_argument("--config", choices=shapes, default="small", help="model's shape")
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--dtype", nargs="+", choices=["fp32", "bf16"], help="of the base")
     parser.add_argument("--tokens", nargs="+", metavar="BxT", help="rows x tokens of a step")
@@ -42,6 +43,15 @@ def _add_train(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--checkpointing", nargs="+", choices=["off", "on"], default=["off"])
     parser.add_argument("--attn", default="sdpa", help="attention implementation")
+    parser.add_argument(
+        "--kernels",
+        choices=["plain", "liger", "compiled"],
+        default="plain",
+        help="everybody's: the model's own, Liger's, or layers by torch.compile",
+    )
+    parser.add_argument(
+        "--graph", action="store_true", help="replay each step as one CUDA graph: no launches"
+    )
     parser.add_argument(
         "--only", nargs="+", metavar="TEXT", help="S2FT and who has one of these in its name"
     )
@@ -118,7 +128,8 @@ def _add_serve(parser: argparse.ArgumentParser) -> None:
     parts = ["mixed", "layer", "zipf", "pressure", "http", "soak", "swap"]
     parser.add_argument("--parts", nargs="+", choices=parts, default=parts)
     parser.add_argument("--dtype", nargs="+", choices=["fp32", "bf16"], default=["bf16", "fp32"])
-    parser.add_argument("--width", type=int, default=2048, help="of most parts' base")
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
+    parser.add_argument("--width", type=int, default=2048, help="of most parts' base and layer")
     parser.add_argument("--layers", type=int, default=2)
     parser.add_argument("--tokens", type=int, default=32, help="that each request of `mixed` gets")
     parser.add_argument("--soak-s", type=float, default=300, help="seconds of `soak`")

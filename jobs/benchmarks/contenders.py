@@ -75,10 +75,12 @@ def trainable_parameters(model: nn.Module) -> list[nn.Parameter]:
     return [parameter for parameter in model.parameters() if parameter.requires_grad]
 
 
-def build_optimizer(model: nn.Module) -> torch.optim.Optimizer | None:
+def build_optimizer(model: nn.Module, *, is_captured: bool) -> torch.optim.Optimizer | None:
     """Build the same fused AdamW for everybody; None where nothing is trained."""
     trainable = trainable_parameters(model)
-    return torch.optim.AdamW(trainable, lr=1e-5, fused=True) if trainable else None
+    if not trainable:
+        return None
+    return torch.optim.AdamW(trainable, lr=1e-5, fused=True, capturable=is_captured)
 
 
 def _s2ft(

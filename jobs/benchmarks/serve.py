@@ -2,43 +2,55 @@
 
 Parts: `mixed` (64 requests at once over 8 and 64 adapters), `layer` (one layer under 10 to 10,000
 adapters), `zipf` (1,000 adapters by popularity against 5), `pressure` (the first token with twice
-as many adapters as have room) call the engine directly. `http` (the deployed service beside its
-engine), `soak` (100 streams for minutes), `swap` (a version that goes live under streams) bring the
-service up, each a Ray of its own.
+as many adapters as have room) call the engine directly, on either device and without Ray. `http`
+(the deployed service beside its engine), `soak` (100 streams for minutes), `swap` (a version that
+goes live under streams) bring the service up on the CPU, each a Ray of its own.
 """
 
 import argparse
+import importlib
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from benchmarks import serve_http, serve_layer, serve_mixed, serve_swap, serve_tiers
 from benchmarks.machine import describe_machine, load_warning
 
+# By name: the module and its function. Each is imported when it is its turn: see `run`.
 PARTS = {
-    "mixed": serve_mixed.measure,
-    "layer": serve_layer.measure,
-    "zipf": serve_tiers.measure_zipf,
-    "pressure": serve_tiers.measure_pressure,
-    "http": serve_http.measure_http,
-    "soak": serve_http.measure_soak,
-    "swap": serve_swap.measure,
+    "mixed": ("benchmarks.serve_mixed", "measure"),
+    "layer": ("benchmarks.serve_layer", "measure"),
+    "zipf": ("benchmarks.serve_tiers", "measure_zipf"),
+    "pressure": ("benchmarks.serve_tiers", "measure_pressure"),
+    "http": ("benchmarks.serve_http", "measure_http"),
+    "soak": ("benchmarks.serve_http", "measure_soak"),
+    "swap": ("benchmarks.serve_swap", "measure"),
 }
+DEPLOYED = ("http", "soak", "swap")
 
 
 def run(arguments: argparse.Namespace) -> None:
     """Measure the parts that were asked for and print their tables."""
+    device = torch.device(arguments.device)
+    deployed = [part for part in arguments.parts if part in DEPLOYED]
+    if device.type == "cuda" and deployed:
+        sys.exit(
+            f"--device cuda: {', '.join(deployed)} deploys the service on the CPU; leave it out"
+        )
     torch.set_num_threads(arguments.threads)
-    machine, warning = describe_machine(torch.device("cpu")), load_warning()
+    machine, warning = describe_machine(device), load_warning()
     print(", ".join(f"{name} {value}" for name, value in machine.items()))
     if warning:
         print(warning)
     results: dict[str, Any] = {}
     for part in arguments.parts:
+        module, function = PARTS[part]
+        # Imported here: what calls the engine directly runs where there is no Ray.
+        measure = getattr(importlib.import_module(module), function)
         with torch.no_grad():
-            table, results[part] = PARTS[part](arguments)
+            table, results[part] = measure(arguments)
         print(f"\n{table}", flush=True)
     if arguments.json:
         document = {"machine": machine, "warning": warning, "results": results}

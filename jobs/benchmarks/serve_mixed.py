@@ -13,7 +13,8 @@ from typing import Any
 import torch
 
 from benchmarks.serve_lora import LoraLayers
-from benchmarks.serve_worlds import CLOCKS, Shape, ask_all, build_adapters, build_base, build_engine
+from benchmarks.serve_worlds import Shape, ask_all, build_adapters, build_base, build_engine
+from benchmarks.stopwatch import CLOCKS, Clock
 from s2ft_ray.serving.engine import Engine
 from s2ft_ray.serving.requests import AdapterKey
 
@@ -64,13 +65,20 @@ async def _take_turns(
     shape: Shape, arguments: argparse.Namespace
 ) -> tuple[dict[str, Case], dict[int, float]]:
     new_tokens, clock = arguments.tokens, CLOCKS[arguments.clock]
-    model = build_base(shape)
+    model = build_base(shape, device=arguments.device)
     adapters = build_adapters(model, shape, NUM_REQUESTS)
     size = shape.layers * shape.num_rows * (shape.width * shape.dtype.itemsize + 8)
-    engine = build_engine(model, adapters.__getitem__, slot_bytes=65 * size, host_bytes=2**33)
+    engine = build_engine(
+        model,
+        adapters.__getitem__,
+        slot_bytes=65 * size,
+        host_bytes=max(2**33, 2 * 65 * size),
+        # in whole pages of 32 tokens: no request is thrown out for another
+        cache_tokens=max(4096, NUM_REQUESTS * (PROMPT_TOKENS + new_tokens + 32)),
+    )
     keys = list(adapters)
     loras = {count: LoraLayers(model, keys[:count], shape.rank) for count in (8, 64)}
-    s2ft = engine._layers
+    s2ft, steps = engine._layers, _Steps(engine, clock)
     plans: dict[str, tuple[Any, Sequence[AdapterKey | None]]] = {"base alone": (s2ft, [None])}
     for count in (8, 64):
         plans[f"S2FT over {count}"] = (s2ft, keys[:count])
@@ -80,6 +88,7 @@ async def _take_turns(
         for number in range(arguments.rounds + 1):
             for name, (layers, of) in plans.items():
                 asked = list(itertools.islice(itertools.cycle(of), NUM_REQUESTS))
+                steps.begun.clear()
                 with _layers(engine, layers):
                     records = await ask_all(engine, asked, PROMPT_TOKENS, new_tokens, clock)
                 if not number:  # adapters were loaded, kernels chosen
@@ -87,9 +96,7 @@ async def _take_turns(
                 began = min(record.sent_at for record in records)
                 ended = max(record.arrivals[-1] for record in records)
                 cases[name].rates.append(NUM_REQUESTS * new_tokens / (ended - began))
-                ends = records[-1].arrivals[2:]
-                gaps = [later - earlier for earlier, later in itertools.pairwise(ends)]
-                cases[name].steps_ms.append(1000 * statistics.median(gaps))
+                cases[name].steps_ms.append(1000 * statistics.median(steps.seconds()))
     finally:
         for lora in loras.values():
             lora.remove()
@@ -97,6 +104,27 @@ async def _take_turns(
     base_bytes = sum(parameter.nbytes for parameter in model.parameters())
     adapter_bytes = shape.layers * shape.num_rows * shape.width * shape.dtype.itemsize
     return cases, {n: base_bytes / (base_bytes + n * adapter_bytes) for n in (8, 64)}
+
+
+class _Steps:
+    """Notes when the engine's steps begin: a client may see the tokens of several at once."""
+
+    def __init__(self, engine: Engine, clock: Clock) -> None:
+        self._clock = clock
+        self._route = engine._batching._route
+        engine._batching._route = self
+        self.begun: list[tuple[float, bool]] = []
+        """By the clock, and whether all requests decode in it."""
+
+    def __call__(self, batch: list[tuple[str, int]]) -> None:
+        decode = len(batch) == NUM_REQUESTS and all(num_tokens == 1 for _, num_tokens in batch)
+        self.begun.append((self._clock(), decode))
+        self._route(batch)
+
+    def seconds(self) -> list[float]:
+        """Return what each step took in which all decode and which another one followed."""
+        pairs = itertools.pairwise(self.begun)
+        return [after - at for (at, decode), (after, _) in pairs if decode]
 
 
 @contextmanager

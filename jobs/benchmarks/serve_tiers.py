@@ -29,7 +29,7 @@ ZIPF_AT_LEAST, PRESSURE_AT_MOST = 0.94, 5.0
 
 def measure_zipf(arguments: argparse.Namespace) -> tuple[str, dict[str, Any]]:
     """1,000 adapters, drawn by Zipf's law, against 5."""
-    world = World()
+    world = World(arguments.device)
     many, few = world.names(1000), world.names(5)
     weights = [1 / rank for rank in range(1, 1001)]
     results: dict[str, list[dict[str, Any]]] = {"1,000 by Zipf": [], "5": []}
@@ -50,7 +50,7 @@ def measure_zipf(arguments: argparse.Namespace) -> tuple[str, dict[str, Any]]:
 
 def measure_pressure(arguments: argparse.Namespace) -> tuple[str, dict[str, Any]]:
     """The first token's time with half and with twice as many adapters as have room."""
-    world = World()
+    world = World(arguments.device)
     results: dict[str, list[dict[str, Any]]] = {"half of the slots": [], "twice the slots": []}
     for _ in range(arguments.rounds):
         for name, count in zip(results, (ON_DEVICE // 2, ON_DEVICE * 2), strict=True):
@@ -70,8 +70,8 @@ def measure_pressure(arguments: argparse.Namespace) -> tuple[str, dict[str, Any]
 class World:
     """A small base and adapters in files, read as a replica reads them from its disk."""
 
-    def __init__(self) -> None:
-        self._model = build_base(SHAPE)
+    def __init__(self, device: str) -> None:
+        self._model = build_base(SHAPE, device=device)
         self._folder = tempfile.TemporaryDirectory(prefix="s2ft-serve-")
         self._files: list[tuple[Path, str]] = []
         for adapter in build_adapters(self._model, SHAPE, NUM_FILES).values():

@@ -13,6 +13,7 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
 
+from benchmarks.stopwatch import Clock
 from s2ft_ray.bases import load_tokenizer
 from s2ft_ray.config import ModelConfig, S2FTConfig
 from s2ft_ray.method import Adapter, AdapterSlice, BaseInfo, base_fingerprint
@@ -21,10 +22,6 @@ from s2ft_ray.serving.requests import AdapterKey, GenerationRequest, SamplingPar
 
 HEAD_DIM = 64
 VOCABULARY = 8192
-Clock = Callable[[], float]
-CLOCKS: dict[str, Clock] = {"wall": time.perf_counter, "cpu": time.process_time}
-"""The process's own time is for machines that others use too: with one thread it is what the
-wall's would be if they didn't."""
 
 
 @dataclass(frozen=True)
@@ -53,7 +50,7 @@ class Shape:
         )
 
 
-def build_base(shape: Shape, vocab_size: int = VOCABULARY) -> PreTrainedModel:
+def build_base(shape: Shape, vocab_size: int = VOCABULARY, device: str = "cpu") -> PreTrainedModel:
     """Build a Llama of random weights, which knows no token that ends a text."""
     config = LlamaConfig(
         hidden_size=shape.width,
@@ -67,7 +64,8 @@ def build_base(shape: Shape, vocab_size: int = VOCABULARY) -> PreTrainedModel:
         tie_word_embeddings=True,
     )
     torch.manual_seed(0)
-    return AutoModelForCausalLM.from_config(config, dtype=shape.dtype).eval()
+    with torch.device(device):
+        return AutoModelForCausalLM.from_config(config, dtype=shape.dtype).eval()
 
 
 def build_adapters(

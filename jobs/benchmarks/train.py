@@ -26,6 +26,7 @@ from benchmarks.contenders import (
     contenders,
     trainable_parameters,
 )
+from benchmarks.kernels import Kernels, use_kernels
 from benchmarks.machine import OtherWork, describe_machine, load_warning, multiplies_bf16
 from benchmarks.measure import CLOCKS, Clock, TrainingStep
 from benchmarks.targets import targets
@@ -37,13 +38,18 @@ from s2ft_ray.method import convert
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 # A third of the small shape's work would be a vocabulary of 32,000, the same for everybody.
-VOCAB_SIZES = {"small": 4096, "7b": 32000}
-# Heads, key-value heads, size of a head, intermediate channels.
-SHAPES = {"small": (12, 4, 64, 2048), "7b": (32, 32, 128, 11008)}
-DEFAULT_LAYERS = {"small": 8, "7b": 32}
+VOCAB_SIZES = {"small": 4096, "7b": 32000, "13b": 32000}
+# Heads, key-value heads, size of a head, intermediate channels. Large: LLaMA-2's.
+SHAPES = {
+    "small": (12, 4, 64, 2048),
+    "7b": (32, 32, 128, 11008),
+    "13b": (40, 40, 128, 13824),
+}
+DEFAULT_LAYERS = {"small": 8, "7b": 32, "13b": 40}
 # Layers and width of the small shape at other sizes, by their parameters.
 SIZES = {"10m": (4, 384), "57m": (8, 768), "214m": (8, 1536)}
-STEPS_PER_TURN = 2
+# Steps of a turn that warm up, and that count. A GPU's are short beside the model's making.
+STEPS = {"cpu": (1, 2), "cuda": (3, 10)}
 
 
 @dataclass(frozen=True)
@@ -56,6 +62,9 @@ class Case:
     tokens: int
     device: str
     attn: str
+    kernels: Kernels = "plain"
+    is_graph: bool = False
+    """Whether a step is replayed as one CUDA graph."""
     batching: str = "full"
     """How rows of unequal length share a batch ("padded", "packed"), or "full": equal rows."""
     checkpointing: bool = False
@@ -69,6 +78,10 @@ class Case:
             parts.append(f"{self.batching} from rows of unequal length")
         if self.checkpointing:
             parts.append("activation checkpointing")
+        if self.kernels != "plain":
+            parts.append(f"{self.kernels} kernels")
+        if self.is_graph:
+            parts.append("one CUDA graph")
         return ", ".join(parts)
 
     def to_document(self) -> dict[str, Any]:
@@ -151,7 +164,7 @@ def describe_model(config: LlamaConfig, attn: str) -> str:
 
 def build_cases(arguments: argparse.Namespace) -> list[Case]:
     """Return the cases asked for; by default those of the shape."""
-    large = arguments.config == "7b"
+    large = arguments.config != "small"
     dtypes = arguments.dtype or (["bf16"] if large else ["fp32", "bf16"])
     if not arguments.dtype and not multiplies_bf16(torch.device(arguments.device)):
         print("no bf16: this CPU hasn't the instructions for it; --dtype bf16 measures it anyway")
@@ -175,6 +188,8 @@ def build_cases(arguments: argparse.Namespace) -> list[Case]:
                     tokens,
                     arguments.device,
                     arguments.attn,
+                    arguments.kernels,
+                    arguments.graph,
                     batching,
                     checkpointing == "on",
                     is_standard=(layers, width, batching, checkpointing)
@@ -245,7 +260,9 @@ def _measure_memory(case: Case, contender: Contender, size: int) -> Result:
     step = _prepare(case, contender, size)
     peak = step.peak_bytes()  # first: it counts the optimizer's state as it is made
     trainable = sum(parameter.numel() for parameter in trainable_parameters(step.model))
-    kept = None if case.checkpointing else step.kept_bytes()
+    # No hook sees what activation checkpointing or a compiled layer keeps.
+    hidden = case.checkpointing or case.kernels == "compiled"
+    kept = None if hidden else step.kept_bytes()
     result = Result(contender.name, trainable, kept, peak)
     del step
     _free()
@@ -254,22 +271,28 @@ def _measure_memory(case: Case, contender: Contender, size: int) -> Result:
 
 def _take_turn(case: Case, contender: Contender, size: int, at: int, clock: Clock) -> Turn:
     step = _prepare(case, contender, size)
-    step.time(clock)  # makes the optimizer's state and warms the caches
+    num_warmup, num_timed = STEPS[case.device]
+    for _ in range(num_warmup):  # makes the optimizer's state and warms the caches
+        step.run()
     other_work = OtherWork()
-    seconds = [step.time(clock) for _ in range(STEPS_PER_TURN)]
+    run = step.capture() if case.is_graph else None
+    seconds = [step.time(clock, run) for _ in range(num_timed)]
     others = other_work.share()
-    del step
+    del step, run
     _free()
     return Turn(at, seconds, others)
 
 
 def _prepare(case: Case, contender: Contender, size: int) -> TrainingStep:
-    model = contender.attach(_fresh_model(case), size)
+    plain = _fresh_model(case)
+    model = contender.attach(plain, size)
+    use_kernels(plain, case.kernels)
     batch = build_batch(case)
     inputs: dict[str, Any] = {"input_ids": batch.input_ids}
     if case.batching != "full":
         inputs = batch.model_inputs()
-    return TrainingStep(model, build_optimizer(model), {**inputs, "labels": batch.labels})
+    optimizer = build_optimizer(model, is_captured=case.is_graph)
+    return TrainingStep(model, optimizer, {**inputs, "labels": batch.labels})
 
 
 def _fresh_model(case: Case) -> PreTrainedModel:

@@ -91,6 +91,7 @@ class Batching:
             allow_block_sharing=owner_of is not None,
             use_async_batching=False,
             use_cuda_graph=False,
+            auto_switch_to_flash=model.dtype != torch.float32,  # its kernels take half precision
         )
         greedy = GenerationConfig(do_sample=False, eos_token_id=-1)
         self._manager: ContinuousBatchingManager = model.init_continuous_batching(greedy, config)

@@ -3,8 +3,9 @@
 A batch is requests one after the other, so a request's tokens are one range. Long ranges (prompts)
 are multiplied with a slice of the pool. Single tokens (decoding) of all adapters go together: on
 the input side through one weighted sum of pool rows, on the output side through one dot product
-with each pool row, and where adapters that lie evenly in the pool have enough tokens each, through
-one batched product. While the same requests decode, the last plans hold.
+with each pool row, and where adapters that lie evenly in the pool have enough tokens, through one
+batched product. On a GPU a kernel of our own finds the rows of single tokens by itself. While the
+same requests decode, the last plans hold.
 
 Dimensions: T tokens of the batch, D out, F in, S selected entries over the single tokens;
 G adapters of one product, M tokens of each, K selected of each.
@@ -13,30 +14,51 @@ G adapters of one product, M tokens of each, K selected of each.
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import get_args
 
+import numpy as np
 import torch
-from torch import Tensor, nn
+from numpy.typing import NDArray
+from torch import Tensor
 
 from s2ft_ray.method.parts import Side
 from s2ft_ray.serving.device_slots import DeviceSlots, Slot, SlotPart
 
 _NEVER = 2**31
-# From so many tokens of one adapter on, a matrix product beats summing rows. One core, 2048 wide,
-# 64 selected, bf16: 8 tokens take 49 us either way, 16 take 88 as sums and 61 as a product; in fp32
-# the product leads from 8 on (69 and 47).
-_LONG = 8
-# From so many single tokens of one adapter on, they make a batched product, by side and bytes of a
-# value. Output side, 32 adapters of 2 tokens, bf16: 0.36 ms as a product, 0.84 as dots; fp32: 1.19
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """From where on which kernel is faster, on one kind of device."""
+
+    long: int
+    """From so many tokens of one adapter on, a product with a slice of the pool beats rows."""
+    fewest: dict[tuple[Side, int], int]
+    """From so many single tokens of one adapter on, they make a batched product: by side and
+    bytes of a value; 2 where nothing is said."""
+    shortest_run: int
+    """Single tokens of fewer adapters are no batched product: its calls cost what it saves."""
+    fewest_in_all: int = 1
+    """Nor are fewer tokens of all its adapters together."""
+    has_kernel: bool = False
+    """Whether single tokens are left to a kernel that takes ranges of pool rows."""
+
+
+# One core, 2048 wide, 64 selected, bf16: 8 tokens take 49 us either way, 16 take 88 as sums and 61
+# as a product; in fp32 the product leads from 8 on (69 and 47).
+# Output side, 32 adapters of 2 tokens, bf16: 0.36 ms as a batched product, 0.84 as dots; fp32: 1.19
 # and 0.74, and of 8 tokens each 0.39 and 0.69. Input side, 8 adapters of 8, bf16: 0.34 as a
 # product, 0.50 as sums; of 2 tokens 1.01 and 0.34.
-_FEWEST_TOKENS = {("out", 2): 2, ("out", 4): 4, ("in", 2): 8, ("in", 4): 8}
+_CPU = Limits(8, {("out", 2): 2, ("out", 4): 4, ("in", 2): 8, ("in", 4): 8}, 8)
 # On CPUs without AVX-512, 100 adapters of one token in fp32: as products 2.7 ms on both sides, as
 # sums 3.4, as dots 3.5. In bf16 such a CPU has no product of its own: 10 adapters of 7 tokens take
 # 30 ms as products on the input side and 0.9 as sums.
-_FEWEST_TOKENS_AVX2 = {("out", 2): 2, ("out", 4): 1, ("in", 2): _NEVER, ("in", 4): 1}
-# Single tokens of fewer adapters than these are no batched product: its calls cost what it saves.
-_SHORTEST_RUN = 8
+_CPU_AVX2 = Limits(8, {("out", 2): 2, ("out", 4): 1, ("in", 2): _NEVER, ("in", 4): 1}, 8)
+# 64 rows each, 4096 wide, bf16, an H200, launched by Python: 64 adapters of a token take 57 us as
+# products on the input side and 49 on the output side, 33 and 32 by the kernel; 1,000 take 153 and
+# 135, by the kernel 228 and 151, because it reads a row in pieces. Of 8 adapters with 8 tokens
+# each, 54 and 46 as products, 30 and 24 by the kernel.
+_ALWAYS: dict[tuple[Side, int], int] = {("in", 2): 1, ("in", 4): 1, ("out", 2): 1, ("out", 4): 1}
+_CUDA = Limits(64, _ALWAYS, shortest_run=1, fewest_in_all=256, has_kernel=True)
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,6 +97,21 @@ class Dots:
 
 
 @dataclass(frozen=True, slots=True)
+class PoolRanges:
+    """The single tokens of a module of either side, each with the pool rows that are its."""
+
+    side: Side
+    tokens: Tensor
+    """int64 [N]"""
+    starts: Tensor
+    """int64 [N]: the first row of each token's adapter."""
+    counts: Tensor
+    """int64 [N]: how many rows it has."""
+    largest: int
+    """The largest of the counts."""
+
+
+@dataclass(frozen=True, slots=True)
 class Block:
     """As many tokens of each of some adapters of one size."""
 
@@ -101,6 +138,8 @@ class ModulePlan:
     """Single tokens of the input side."""
     dots: Dots | None
     """Single tokens of the output side."""
+    ranges: tuple[PoolRanges, ...]
+    """Single tokens of either side, where a kernel takes them so."""
     blocks: tuple[Block, ...]
     """Tokens of which an adapter has several."""
 
@@ -112,7 +151,7 @@ class Routing:
         """Take (slot, first token, end) of each request that has an adapter."""
         self._ranges = ranges
         self._slots = slots
-        self._fewest = _fewest_tokens(slots.rows)
+        self._limits = _limits(slots.rows)
         self._plans: dict[str, ModulePlan | None] = {}
 
     def plan(self, module: str, in_features: int, out_features: int) -> ModulePlan | None:
@@ -128,82 +167,103 @@ class Routing:
             part = slot.parts.get(module)
             if part is None:
                 continue
-            if stop - start >= _LONG and self._fewest[part.side] < _NEVER:
+            if stop - start >= self._limits.long and self._fewest(part.side) < _NEVER:
                 spans.append(Span(start, stop, part))
             else:
                 of_part[part] += range(start, stop)
         if not (spans or of_part):
             return None
-        inputs, dots, blocks = _Singles(), _Singles(), list[Block]()
-        sides: tuple[tuple[Side, _Singles, int], ...] = (
-            ("in", inputs, in_features),
-            ("out", dots, out_features),
-        )
-        for side, singles, width in sides:
+        gather, dots, ranges, blocks = None, None, list[PoolRanges](), list[Block]()
+        sides: tuple[tuple[Side, int], ...] = (("in", in_features), ("out", out_features))
+        for side, width in sides:
             own = {part: tokens for part, tokens in of_part.items() if part.side == side}
-            some, runs = _split(own, self._fewest[side])
-            singles += some
+            singles, runs = _split(own, self._fewest(side), self._limits)
             blocks += [self._block(run, width) for run in runs]
-        return ModulePlan(
-            tuple(spans),
-            self._gather(inputs, in_features) if inputs else None,
-            self._dots(dots, out_features) if dots else None,
-            tuple(blocks),
-        )
+            if singles and self._limits.has_kernel:
+                ranges.append(self._pool_ranges(side, singles))
+            elif singles and side == "in":
+                gather = self._gather(singles, width)
+            elif singles:
+                dots = self._dots(singles, width)
+        return ModulePlan(tuple(spans), gather, dots, tuple(ranges), tuple(blocks))
+
+    def _fewest(self, side: Side) -> int:
+        return self._limits.fewest.get((side, self._slots.rows.itemsize), 2)
 
     def _block(self, run: "_Run", width: int) -> Block:
         """Build a block; `width` is F on the input side, D on the output side."""
-        device = self._slots.places.device
         parts, lists = zip(*run, strict=True)
         start, count = parts[0].start, parts[0].count
         stride = parts[1].start - start if len(parts) > 1 else count
-        tokens = torch.tensor(lists, device=device)  # [G, M]
+        shape = (len(parts), len(lists[0]), count)
+        (tokens,) = self._send(np.array(lists).ravel())
         places = self._slots.places.as_strided((len(parts), count), (stride, 1), start)
-        entries = tokens[:, :, None] * width + places[:, None, :]
-        shape = (len(parts), tokens.shape[1], count)
-        return Block(parts[0].side, start, stride, shape, tokens.flatten(), entries.flatten())
+        entries = tokens.view(shape[:2])[:, :, None] * width + places[:, None, :]
+        return Block(parts[0].side, start, stride, shape, tokens, entries.flatten())
 
     def _gather(self, singles: "_Singles", in_features: int) -> Gather:
-        tokens, rows, counts = self._rows_of(sorted(singles, key=lambda single: single[0]))
-        inputs = torch.repeat_interleave(tokens * in_features, counts)
-        inputs += self._slots.places.index_select(0, rows)
-        bounds = nn.functional.pad(counts.cumsum(0), (1, 0))
-        return Gather(tokens, inputs, rows, bounds)
+        tokens, rows, counts = _rows_of(sorted(singles, key=lambda single: single[0]))
+        bounds = np.concatenate(([0], counts.cumsum()))
+        inputs = np.repeat(tokens * in_features, counts)
+        sent = self._send(tokens, inputs, rows, bounds)
+        sent[1].add_(self._slots.places.index_select(0, sent[2]))
+        return Gather(*sent)
 
     def _dots(self, singles: "_Singles", out_features: int) -> Dots:
-        tokens, rows, counts = self._rows_of(singles)
-        tokens = torch.repeat_interleave(tokens, counts)
-        outputs = tokens * out_features + self._slots.places.index_select(0, rows)
-        return Dots(tokens, rows, outputs)
+        tokens, rows, counts = _rows_of(singles)
+        of_rows = np.repeat(tokens, counts)
+        sent = self._send(of_rows, rows, of_rows * out_features)
+        sent[2].add_(self._slots.places.index_select(0, sent[1]))
+        return Dots(*sent)
 
-    def _rows_of(self, singles: "_Singles") -> tuple[Tensor, Tensor, Tensor]:
-        """Return the tokens [N], their pool rows one token after the other [S], and counts [N]."""
+    def _pool_ranges(self, side: Side, singles: "_Singles") -> PoolRanges:
+        sizes = [part.count for _, part in singles]
+        tokens, starts, counts = self._send(
+            np.array([token for token, _ in singles]),
+            np.array([part.start for _, part in singles]),
+            np.array(sizes),
+        )
+        return PoolRanges(side, tokens, starts, counts, largest=max(sizes))
+
+    def _send(self, *arrays: NDArray[np.int64]) -> list[Tensor]:
+        """Bring arrays to the device: in one copy, behind which nobody waits for the device."""
         device = self._slots.places.device
-        tokens = torch.tensor([token for token, _ in singles], device=device)
-        starts = torch.tensor([part.start for _, part in singles], device=device)
-        counts = torch.tensor([part.count for _, part in singles], device=device)
-        # row j of a token's part is starts + j, where j counts from the token's offset
-        rows = torch.repeat_interleave(starts - counts.cumsum(0) + counts, counts)
-        rows += torch.arange(rows.shape[0], device=device)
-        return tokens, rows, counts
+        packed = torch.from_numpy(np.concatenate(arrays))
+        if device.type == "cuda":
+            packed = packed.pin_memory().to(device, non_blocking=True)
+        return list(torch.split(packed, [len(array) for array in arrays]))
 
 
-def _fewest_tokens(pool: Tensor) -> dict[Side, int]:
-    """Return from how many tokens of an adapter on its product is batched, by side."""
-    is_wide = pool.is_cuda or "AVX2" not in torch.backends.cpu.get_cpu_capability()
-    table = _FEWEST_TOKENS if is_wide else _FEWEST_TOKENS_AVX2
-    return {side: table.get((side, pool.itemsize), 2) for side in get_args(Side)}
+def _rows_of(
+    singles: "_Singles",
+) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]:
+    """Return the tokens [N], their pool rows one token after the other [S], and counts [N]."""
+    tokens = np.array([token for token, _ in singles], dtype=np.int64)
+    starts = np.array([part.start for _, part in singles], dtype=np.int64)
+    counts = np.array([part.count for _, part in singles], dtype=np.int64)
+    # row j of a token's part is starts + j, where j counts from the token's offset
+    rows = np.repeat(starts - counts.cumsum() + counts, counts)
+    rows += np.arange(len(rows))
+    return tokens, rows, counts
+
+
+def _limits(pool: Tensor) -> Limits:
+    if pool.is_cuda:
+        return _CUDA
+    return _CPU if "AVX2" not in torch.backends.cpu.get_cpu_capability() else _CPU_AVX2
 
 
 _Singles = list[tuple[int, SlotPart]]
 _Run = list[tuple[SlotPart, list[int]]]
 
 
-def _split(of_part: dict[SlotPart, list[int]], fewest: int) -> tuple[_Singles, list[_Run]]:
+def _split(
+    of_part: dict[SlotPart, list[int]], fewest: int, limits: Limits
+) -> tuple[_Singles, list[_Run]]:
     """Split adapters and their tokens into runs of one size, one distance, one number of tokens.
 
-    The tokens of an adapter that has less than `fewest` are left single, and so are short runs of
-    adapters of one token.
+    The tokens of an adapter that has less than `fewest` are left single, and so are those of runs
+    that the limits call too short.
     """
     singles: _Singles = []
     several: _Run = []
@@ -219,10 +279,15 @@ def _split(of_part: dict[SlotPart, list[int]], fewest: int) -> tuple[_Singles, l
             runs[-1].append((part, tokens))
         else:
             runs.append([(part, tokens)])
+    blocks: list[_Run] = []
     for run in runs:
-        if len(run) < _SHORTEST_RUN and len(run[0][1]) == 1:
-            singles += [(tokens[0], part) for part, tokens in run]
-    return singles, [run for run in runs if len(run) >= _SHORTEST_RUN or len(run[0][1]) > 1]
+        each = len(run[0][1])
+        is_short = each == 1 and len(run) < limits.shortest_run
+        if is_short or each * len(run) < limits.fewest_in_all:
+            singles += [(token, part) for part, tokens in run for token in tokens]
+        else:
+            blocks.append(run)
+    return singles, blocks
 
 
 def _continues(run: _Run, part: SlotPart, num_tokens: int) -> bool:

@@ -75,30 +75,31 @@ class RequestSampler:
 def choose(samplers: Sequence[RequestSampler], logits: Tensor) -> list[int]:
     """Take a token for each request, note it with its logprobs, and return them.
 
+    The device is waited for once for all tokens that are drawn, not once for each.
     logits: fp32 [N, V], left as they are.
     """
-    told = _logprobs(samplers, logits)
     scores = logits
     changing = [i for i, sampler in enumerate(samplers) if sampler.changes_logits]
     if changing:
         scores = logits.clone()
         for i in changing:
             samplers[i].change(scores[i])
-    tokens = scores.argmax(-1).tolist()
-    for i, sampler in enumerate(samplers):
-        if not sampler.is_greedy:
-            tokens[i] = _draw(sampler, scores[i])
+    likeliest = scores.argmax(-1)
+    drawn = {
+        i: _draw(sampler, scores[i]) for i, sampler in enumerate(samplers) if not sampler.is_greedy
+    }
+    tokens: list[int] = likeliest.tolist()
+    if drawn:
+        for i, token in zip(drawn, torch.cat(list(drawn.values())).tolist(), strict=True):
+            tokens[i] = token
+    told = _logprobs(samplers, logits, tokens)
     for i, (sampler, token) in enumerate(zip(samplers, tokens, strict=True)):
-        if i in told:
-            row, top = told[i]
-            sampler.take(TokenOutput(token, row[token].item(), top))
-        else:
-            sampler.take(TokenOutput(token))
+        sampler.take(told.get(i) or TokenOutput(token))
     return tokens
 
 
-def _draw(sampler: RequestSampler, logits: Tensor) -> int:
-    """Draw a token from one row [V]: temperature, then the cut to top_k, then to top_p."""
+def _draw(sampler: RequestSampler, logits: Tensor) -> Tensor:
+    """Draw a token [1] from one row [V]: temperature, then the cut to top_k, then to top_p."""
     params = sampler.params
     # In float64, and less the largest: no temperature makes it overflow.
     scaled = (logits.double() - logits.max()) / params.temperature
@@ -109,28 +110,41 @@ def _draw(sampler: RequestSampler, logits: Tensor) -> int:
         scaled, tokens = scaled.sort(descending=True, stable=True)
     shares = scaled.softmax(-1)
     sums = shares.cumsum(-1)
+    total, last = sums[-1:], None
     if params.top_p < 1:
         # the tokens before which less than top_p is reached: always the first
-        num_kept = int((sums - shares < params.top_p).sum())
-        sums = sums[: max(1, num_kept)]
-    place = int(torch.searchsorted(sums, sampler.draw() * sums[-1], right=True))
-    place = min(place, sums.shape[0] - 1)
-    return place if tokens is None else int(tokens[place])
+        num_kept = (sums - shares < params.top_p).sum().view(1)
+        last = (num_kept - 1).clamp(min=0)
+        total = sums.gather(0, last)
+    place = torch.searchsorted(sums, sampler.draw() * total, right=True)
+    place = place.clamp(max=sums.shape[0] - 1 if last is None else last)
+    return place if tokens is None else tokens.gather(0, place)
 
 
 def _logprobs(
-    samplers: Sequence[RequestSampler], logits: Tensor
-) -> dict[int, tuple[Tensor, TopLogprobs]]:
-    """Return the raw log probabilities [V] and the likeliest of each row that is to tell them."""
-    told: dict[int, tuple[Tensor, TopLogprobs]] = {}
-    for i, sampler in enumerate(samplers):
-        num_top = sampler.params.logprobs
-        if num_top is None:
-            continue
-        row = logits[i].log_softmax(-1)
-        top: TopLogprobs = ()
-        if num_top:
-            values, tokens = row.topk(min(num_top, row.shape[0]))
-            top = tuple(zip(tokens.tolist(), values.tolist(), strict=True))
-        told[i] = (row, top)
-    return told
+    samplers: Sequence[RequestSampler], logits: Tensor, tokens: Sequence[int]
+) -> dict[int, TokenOutput]:
+    """Return the outputs of the rows that are to tell raw log probabilities, by row."""
+    told = {
+        i: sampler.params.logprobs
+        for i, sampler in enumerate(samplers)
+        if sampler.params.logprobs is not None
+    }
+    if not told:
+        return {}
+    rows = logits if len(told) == len(samplers) else torch.stack([logits[i] for i in told])
+    rows = rows.log_softmax(-1)
+    chosen = torch.tensor([[tokens[i]] for i in told], device=logits.device)
+    own: list[float] = rows.gather(1, chosen)[:, 0].tolist()
+    tops: dict[int, TopLogprobs] = {}
+    for num_top in set(told.values()) - {0}:
+        alike = [(place, i) for place, i in enumerate(told) if told[i] == num_top]
+        values, ids = torch.stack([rows[place] for place, _ in alike]).topk(
+            min(num_top, rows.shape[1])
+        )
+        found = zip(alike, ids.tolist(), values.tolist(), strict=True)
+        tops |= {i: tuple(zip(row, scores, strict=True)) for (_, i), row, scores in found}
+    return {
+        i: TokenOutput(tokens[i], value, tops.get(i, ()))
+        for i, value in zip(told, own, strict=True)
+    }

@@ -1,5 +1,6 @@
 """The arithmetic behind the serving benchmark: LoRA's kernels, the sizes, the table."""
 
+from argparse import Namespace
 from collections.abc import Iterator
 from importlib import import_module
 from pathlib import Path
@@ -28,6 +29,11 @@ def mixed() -> Iterator[ModuleType]:
 
 
 @pytest.fixture(scope="module")
+def serve() -> Iterator[ModuleType]:
+    yield from load("serve")
+
+
+@pytest.fixture(scope="module")
 def swap() -> Iterator[ModuleType]:
     yield from load("serve_swap")
 
@@ -52,6 +58,23 @@ def test_every_kernel_of_lora_gives_the_same_product(lora: ModuleType) -> None:
 def test_a_kernel_that_refuses_a_shape_is_not_taken(lora: ModuleType) -> None:
     weights, x = torch.ones(2, 3, 5), torch.ones(2, 1, 5)  # rows of 20 bytes: not for grouped_mm
     assert torch.equal(lora.Products(lora.FIRST)(weights, x), torch.full((2, 1, 3), 5.0))
+
+
+def test_the_deployed_service_is_not_measured_on_a_gpu(serve: ModuleType) -> None:
+    asked = Namespace(device="cuda", parts=["layer", "http", "swap"])
+    with pytest.raises(SystemExit, match="http, swap deploys the service on the CPU"):
+        serve.run(asked)
+
+
+def test_every_part_is_there(serve: ModuleType) -> None:
+    for module, function in serve.PARTS.values():
+        assert callable(getattr(import_module(module), function))
+
+
+def test_steps_are_those_in_which_all_decode(mixed: ModuleType) -> None:
+    steps = object.__new__(mixed._Steps)
+    steps.begun = [(0.0, False), (1.0, True), (1.5, True), (3.0, False), (9.0, True)]
+    assert steps.seconds() == [0.5, 1.5]
 
 
 def test_an_adapter_is_about_a_hundredth_of_the_base_and_as_large_as_loras(

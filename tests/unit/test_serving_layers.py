@@ -1,3 +1,5 @@
+from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -6,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
+import s2ft_ray.serving.routing as routing_module
 from s2ft_ray.config import S2FTConfig
 from s2ft_ray.errors import AdapterError
 from s2ft_ray.method import Adapter, AdapterSlice, BaseInfo
@@ -13,7 +16,7 @@ from s2ft_ray.serving.batched_layers import BatchedLayers
 from s2ft_ray.serving.device_slots import DeviceSlots, Slot
 from s2ft_ray.serving.engine_stats import AdapterEvents
 from s2ft_ray.serving.requests import AdapterKey
-from s2ft_ray.serving.routing import Routing
+from s2ft_ray.serving.routing import PoolRanges, Routing
 
 WIDTH, INNER = 16, 24
 NUM_ADAPTERS = 5
@@ -68,10 +71,36 @@ def expected(
 
 
 def route(ranges: list[tuple[Slot, int, int]], slots: DeviceSlots, capability: str) -> Routing:
-    """Route as on a CPU of another capability."""
+    """Route as on a CPU of another capability, or as on a GPU."""
     with pytest.MonkeyPatch.context() as patch:
+        if capability == "CUDA":
+            limits = replace(routing_module._CUDA, fewest_in_all=8)  # some blocks, too
+            patch.setattr(routing_module, "_limits", lambda _: limits)
         patch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
         return Routing(ranges, slots)
+
+
+class Kernels:
+    """What the kernels of a GPU do, a token at a time."""
+
+    @staticmethod
+    def add_sums(x: Tensor, y: Tensor, pool: Tensor, places: Tensor, ranges: PoolRanges) -> None:
+        for token, rows in Kernels.rows_of(ranges):
+            y[token] += x[token, places[rows]] @ pool[rows]
+
+    @staticmethod
+    def add_dots(x: Tensor, y: Tensor, pool: Tensor, places: Tensor, ranges: PoolRanges) -> None:
+        for token, rows in Kernels.rows_of(ranges):
+            y[token, places[rows]] += pool[rows] @ x[token]
+
+    @staticmethod
+    def rows_of(ranges: PoolRanges) -> Iterator[tuple[int, slice]]:
+        counts = ranges.counts.tolist()
+        assert ranges.largest == max(counts)
+        for token, start, count in zip(
+            ranges.tokens.tolist(), ranges.starts.tolist(), counts, strict=True
+        ):
+            yield token, slice(start, start + count)
 
 
 sizes = st.tuples(st.sampled_from([0, 1, 3, 3, 7]), st.sampled_from([0, 1, 4, 4, 9]))
@@ -79,7 +108,7 @@ requests = st.tuples(st.integers(-1, NUM_ADAPTERS - 1), st.sampled_from([1, 1, 1
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
-@pytest.mark.parametrize("capability", ["AVX2", "AVX512"])
+@pytest.mark.parametrize("capability", ["AVX2", "AVX512", "CUDA"])
 @settings(max_examples=60, deadline=None, derandomize=True, database=None)
 @given(
     of=st.lists(sizes, min_size=NUM_ADAPTERS, max_size=NUM_ADAPTERS),
@@ -98,6 +127,7 @@ def test_any_mix_of_tokens_gets_what_each_adapter_alone_gives(
     model = Model(dtype)
     slots = DeviceSlots(WIDTH, dtype, torch.device("cpu"), 2**14, AdapterEvents())
     layers = BatchedLayers(model, slots)
+    layers._kernels = Kernels
     adapters = [make_adapter(draw, *size) for size in of]
     placed = [place(slots, layers, adapter, i) for i, adapter in enumerate(adapters)]
     ranges, at = [], 0
