@@ -5,7 +5,9 @@ damaged is a ConfigError, never a model with random parts; nothing is read from 
 """
 
 import logging
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import jinja2
 from safetensors import SafetensorError
@@ -65,7 +67,7 @@ def _map(folder: Path, config: PretrainedConfig, model: ModelConfig) -> PreTrain
             config,
             model,
             cache=s2ft_home() / "cache" / "bases",
-            load_whole=lambda: _load(folder, config, model),
+            load=partial(_load, folder, config, model),
         )
     except (*LOAD_ERRORS, SafetensorError) as error:
         raise _fault(model, "its weights can't be loaded", error) from error
@@ -74,7 +76,10 @@ def _map(folder: Path, config: PretrainedConfig, model: ModelConfig) -> PreTrain
     return base
 
 
-def _load(folder: Path, config: PretrainedConfig, model: ModelConfig) -> PreTrainedModel:
+def _load(
+    folder: Path, config: PretrainedConfig, model: ModelConfig, **placing: Any
+) -> PreTrainedModel:
+    """Load the model; `placing` are ``from_pretrained``'s own options of where its weights go."""
     bars = transformers_logging.is_progress_bar_enabled()
     transformers_logging.disable_progress_bar()  # else one bar per worker in the job's log
     try:
@@ -87,6 +92,7 @@ def _load(folder: Path, config: PretrainedConfig, model: ModelConfig) -> PreTrai
             use_safetensors=True,
             local_files_only=True,
             output_loading_info=True,
+            **placing,
         )
     except (*LOAD_ERRORS, SafetensorError) as error:
         raise _fault(model, "its weights can't be loaded", error) from error

@@ -11,7 +11,9 @@ files have another dtype or other names, they are rewritten first (``rewritten``
 import copy
 import json
 import logging
+import tempfile
 from collections.abc import Callable, Iterable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +22,7 @@ from accelerate import init_empty_weights
 from safetensors import safe_open
 from torch import Tensor
 from transformers import AutoModelForCausalLM, GenerationConfig, PretrainedConfig, PreTrainedModel
+from transformers.integrations.accelerate import load_offloaded_parameter
 
 from s2ft_ray.bases.rewritten import RewrittenWeights
 from s2ft_ray.config import ModelConfig
@@ -33,12 +36,14 @@ def map_base_model(
     model: ModelConfig,
     *,
     cache: Path,
-    load_whole: Callable[[], PreTrainedModel],
+    load: Callable[..., PreTrainedModel],
 ) -> PreTrainedModel | None:
     """Build the model over the files in `folder`, or over what `cache` has of them.
 
-    `load_whole` is called, by one worker of a machine, where the names in the files aren't the
-    model's. None is returned where there are values that only loading can give, or no room.
+    `load` is ``from_pretrained`` of this model. It is called, by one worker of a machine, where the
+    names in the files aren't the model's, and leaves the layers on disk: no more is in memory than
+    one parameter and what it is made of. None is returned where there are values that only
+    loading can give, or no room.
     """
     if getattr(config, "quantization_config", None) or (
         model.dtype == "auto" and config.dtype is None
@@ -63,7 +68,7 @@ def map_base_model(
         tensors = _map_tensors(files, wanted)
         if _are_loaded_otherwise(base, tensors, wanted):
             return None
-        source = _rewritten_source(base, tensors, wanted, load_whole)
+        source = _rewritten_source(base, tensors, wanted, partial(_loaded, base, cache, load))
         if source is not None:
             with weights.lock():
                 if weights.files() is None:
@@ -86,12 +91,12 @@ def _rewritten_source(
     base: Any,
     tensors: dict[str, Tensor],
     wanted: dict[str, Tensor],
-    load_whole: Callable[[], PreTrainedModel],
+    loaded: Callable[[], Iterable[tuple[str, Tensor]]],
 ) -> Iterable[tuple[str, Tensor]] | None:
     """Return what is to be written first; None where the files can be mapped as they are."""
     names = _names(base)
     if not names <= tensors.keys() or _keeps_some_in_fp32(base):
-        return _loaded(load_whole, names)
+        return loaded()
     if any(tensor.dtype != wanted[name].dtype for name, tensor in tensors.items()):
         return _cast({name: tensors[name] for name in names}, wanted)
     return None
@@ -133,12 +138,33 @@ def _cast(tensors: dict[str, Tensor], wanted: dict[str, Tensor]) -> Iterable[tup
 
 
 def _loaded(
-    load_whole: Callable[[], PreTrainedModel], names: set[str]
+    base: Any, cache: Path, load: Callable[..., PreTrainedModel]
 ) -> Iterable[tuple[str, Tensor]]:
-    logger.info("the base's names in its files are not the model's: one worker loads it whole")
-    for name, tensor in load_whole().state_dict().items():
-        if name in names:
-            yield name, tensor
+    """Yield what ``from_pretrained`` makes of the files, through a folder in `cache`."""
+    names = _names(base)
+    logger.info(
+        "the base's names in its files are not the model's: one worker rewrites it by layers"
+    )
+    cache.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=cache, prefix=".", suffix=".partial") as folder:
+        model = load(device_map=_layers_on_disk(base), offload_folder=folder)
+        for name, tensor in model.state_dict().items():
+            if name in names:
+                yield name, load_offloaded_parameter(model, name) if tensor.is_meta else tensor
+
+
+def _layers_on_disk(base: Any) -> dict[str, str]:
+    """Return a device map that has the part with the decoder layers on disk, the rest in memory."""
+    layers = set(base._no_split_modules or ())
+    parts: dict[str, Any] = dict(base.named_children())
+    for name, child in base.named_children():
+        if child is base.base_model:
+            del parts[name]
+            parts.update({f"{name}.{inner}": it for inner, it in child.named_children()})
+    return {
+        name: "disk" if any(type(it).__name__ in layers for it in part.modules()) else "cpu"
+        for name, part in parts.items()
+    }
 
 
 def _weight_files(folder: Path) -> list[Path]:

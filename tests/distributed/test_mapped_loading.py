@@ -97,6 +97,23 @@ def test_a_worker_never_holds_more_than_its_part(
         assert rank["peak"] < 1.3 * rank["shard"] + rank["largest"]
 
 
+def test_nor_where_the_files_have_other_names(four: GlooPool, tmp_path: Path) -> None:
+    base = tmp_path / "base"
+    sizes: dict[str, Any] = {
+        "hidden_size": 256,
+        "intermediate_size": 512,
+        "num_hidden_layers": 10,
+        "num_local_experts": 4,
+        "head_dim": 32,
+    }
+    runs.save_base(base, kind=MixtralConfig, **sizes)
+    for rank in four.run(load_and_measure, base, "auto", tmp_path / "home"):
+        assert rank["whole"] > 60
+        assert rank["shard"] < 0.3 * rank["whole"]
+        assert rank["peak"] < 1.3 * rank["shard"] + rank["largest"]
+    assert not list((tmp_path / "home").glob("cache/bases/.*.partial"))
+
+
 def compare(base: Path, dtype: str) -> tuple[bool, bool, float]:
     """Compare a mapped model with a plain one: parameters, buffers and ties; then logits."""
     config = ModelConfig(name_or_path=str(base), dtype=dtype)
