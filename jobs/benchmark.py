@@ -125,8 +125,8 @@ def _add_queue(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_serve(parser: argparse.ArgumentParser) -> None:
-    parts = ["mixed", "layer", "zipf", "pressure", "http", "soak", "swap"]
-    parser.add_argument("--parts", nargs="+", choices=parts, default=parts)
+    parts = ["mixed", "layer", "zipf", "pressure", "prefix", "http", "soak", "swap"]
+    parser.add_argument("--parts", nargs="+", choices=parts, help="by default all of the device")
     parser.add_argument("--dtype", nargs="+", choices=["fp32", "bf16"], default=["bf16", "fp32"])
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--width", type=int, default=2048, help="of most parts' base and layer")

@@ -10,7 +10,7 @@
     │   ├── UnknownJob                   an id that the queue never gave
     │   ├── Diverged                     a loss that is not finite
     │   ├── OutOfMemory, WorkersLost     what ended the workers
-    │   └── RegistryUnreachable          trained, not registered
+    │   └── RegistryUnreachable          MLflow, which is away, full or broken
     ├── Preempted                        a run that stopped because it was asked to
     ├── ServingError     (RuntimeError)  a request or an engine that can't be served
     └── NodeError        (RuntimeError)  a service of this machine that can't be started or ended
@@ -98,7 +98,7 @@ class WorkersLost(JobError):  # noqa: N818 - what happened
 
 
 class RegistryUnreachable(JobError):  # noqa: N818 - what happened
-    """A trained adapter that is not registered, because MLflow can't be reached."""
+    """MLflow can't be reached, or can't do what it is asked: a full disk, a locked database."""
 
 
 class Preempted(S2FTError):  # noqa: N818 - an outcome, no error

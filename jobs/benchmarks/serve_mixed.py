@@ -65,6 +65,8 @@ async def _take_turns(
     shape: Shape, arguments: argparse.Namespace
 ) -> tuple[dict[str, Case], dict[int, float]]:
     new_tokens, clock = arguments.tokens, CLOCKS[arguments.clock]
+    if new_tokens < 3:
+        raise SystemExit(f"--tokens {new_tokens}: takes 3 or more, for steps in which all decode")
     model = build_base(shape, device=arguments.device)
     adapters = build_adapters(model, shape, NUM_REQUESTS)
     size = shape.layers * shape.num_rows * (shape.width * shape.dtype.itemsize + 8)

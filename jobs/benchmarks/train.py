@@ -164,6 +164,8 @@ def describe_model(config: LlamaConfig, attn: str) -> str:
 
 def build_cases(arguments: argparse.Namespace) -> list[Case]:
     """Return the cases asked for; by default those of the shape."""
+    if arguments.graph and (arguments.device == "cpu" or arguments.kernels != "plain"):
+        raise SystemExit("--graph: takes --device cuda and plain kernels")
     large = arguments.config != "small"
     dtypes = arguments.dtype or (["bf16"] if large else ["fp32", "bf16"])
     if not arguments.dtype and not multiplies_bf16(torch.device(arguments.device)):
@@ -303,4 +305,5 @@ def _fresh_model(case: Case) -> PreTrainedModel:
 def _free() -> None:
     gc.collect()  # a model and its hooks hold each other
     if torch.cuda.is_available():
+        torch._C._cuda_clearCublasWorkspaces()  # each captured stream left some
         torch.cuda.empty_cache()

@@ -69,6 +69,8 @@ def _map(folder: Path, config: PretrainedConfig, model: ModelConfig) -> PreTrain
             cache=s2ft_home() / "cache" / "bases",
             load=partial(_load, folder, config, model),
         )
+    except ConfigError:
+        raise
     except (*LOAD_ERRORS, SafetensorError) as error:
         raise _fault(model, "its weights can't be loaded", error) from error
     if base is None:

@@ -11,6 +11,7 @@ files have another dtype or other names, they are rewritten first (``rewritten``
 import copy
 import json
 import logging
+import shutil
 import tempfile
 from collections.abc import Callable, Iterable
 from functools import partial
@@ -19,13 +20,14 @@ from typing import Any
 
 import torch
 from accelerate import init_empty_weights
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from transformers import AutoModelForCausalLM, GenerationConfig, PretrainedConfig, PreTrainedModel
 from transformers.integrations.accelerate import load_offloaded_parameter
 
-from s2ft_ray.bases.rewritten import RewrittenWeights
+from s2ft_ray.bases.rewritten import GIB, PARTIAL, RewrittenWeights
 from s2ft_ray.config import ModelConfig
+from s2ft_ray.errors import ConfigError
 
 logger = logging.getLogger(__name__)
 
@@ -141,30 +143,52 @@ def _loaded(
     base: Any, cache: Path, load: Callable[..., PreTrainedModel]
 ) -> Iterable[tuple[str, Tensor]]:
     """Yield what ``from_pretrained`` makes of the files, through a folder in `cache`."""
-    names = _names(base)
-    logger.info(
-        "the base's names in its files are not the model's: one worker rewrites it by layers"
-    )
+    names, device_map = _names(base), _layers_on_disk(base)
     cache.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=cache, prefix=".", suffix=".partial") as folder:
-        model = load(device_map=_layers_on_disk(base), offload_folder=folder)
+    with tempfile.TemporaryDirectory(dir=cache, prefix=".", suffix=PARTIAL) as folder:
+        # What is only renamed would be read from the base's files in one dtype for all.
+        if device_map is None or _keeps_some_in_fp32(base):
+            logger.info("one worker loads the base whole, to keep it as this run needs it")
+            model = load()
+        else:
+            logger.info("one worker reads the base by parameters, to keep it under their names")
+            _check_room_for_two(cache, base)
+            try:
+                model = load(device_map=device_map, offload_folder=folder)
+            except ConfigError as error:
+                if isinstance(error.__cause__, OSError | SafetensorError):  # a full disk, mostly
+                    raise OSError(str(error.__cause__)) from error
+                raise
         for name, tensor in model.state_dict().items():
             if name in names:
                 yield name, load_offloaded_parameter(model, name) if tensor.is_meta else tensor
 
 
-def _layers_on_disk(base: Any) -> dict[str, str]:
-    """Return a device map that has the part with the decoder layers on disk, the rest in memory."""
+def _layers_on_disk(base: Any) -> dict[str, str] | None:
+    """Return a device map that has the part with the decoder layers on disk, the rest in memory.
+
+    None where no part has them, or where a parameter lies in no part.
+    """
     layers = set(base._no_split_modules or ())
     parts: dict[str, Any] = dict(base.named_children())
     for name, child in base.named_children():
         if child is base.base_model:
             del parts[name]
             parts.update({f"{name}.{inner}": it for inner, it in child.named_children()})
-    return {
+    places = {
         name: "disk" if any(type(it).__name__ in layers for it in part.modules()) else "cpu"
         for name, part in parts.items()
     }
+    covers = all(name.startswith(tuple(f"{it}." for it in places)) for name in _names(base))
+    return places if covers and "disk" in places.values() else None
+
+
+def _check_room_for_two(cache: Path, base: Any) -> None:
+    """Raise OSError where two copies of the base, one made of the other, won't fit."""
+    needed = 2 * sum(tensor.nbytes for tensor in base.state_dict().values())
+    free = shutil.disk_usage(cache).free
+    if free < needed:
+        raise OSError(f"{cache} has {free / GIB:.2f} GiB free for {needed / GIB:.2f} GiB")
 
 
 def _weight_files(folder: Path) -> list[Path]:

@@ -30,6 +30,9 @@ logger = logging.getLogger(__name__)
 FORMAT_VERSION = 1
 PROGRESS_S = 10.0
 GIB = 2**30
+PARTIAL = ".partial"
+"""The end of the names of what is being written; what is left of it is removed after a day."""
+_LEFT_S = 86_400.0
 _END_BYTES = 2**16
 _WRITTEN = "written.json"
 
@@ -52,7 +55,7 @@ class RewrittenWeights:
         )
         key = hashlib.sha256(text.encode()).hexdigest()
         self._folder, self._lock = cache / key, cache / f".{key}.lock"
-        self._partial = cache / f".{key}.{secrets.token_hex(4)}.partial"
+        self._partial = cache / f".{key}.{secrets.token_hex(4)}{PARTIAL}"
 
     def lock(self) -> FileLock:
         """Return the lock under which `files` is asked and `write` called.
@@ -76,6 +79,9 @@ class RewrittenWeights:
 
         Raises OSError, and then leaves nothing behind.
         """
+        for left in self._folder.parent.glob(f".*{PARTIAL}"):
+            if left.stat().st_mtime < time.time() - _LEFT_S:
+                shutil.rmtree(left, ignore_errors=True)
         free = shutil.disk_usage(self._folder.parent).free
         if free < num_bytes:
             raise OSError(

@@ -17,7 +17,7 @@ from mlflow.exceptions import MlflowException
 from sqlalchemy.exc import SQLAlchemyError
 
 from s2ft_ray.config import RunConfig, s2ft_home
-from s2ft_ray.errors import JobError
+from s2ft_ray.errors import JobError, RegistryUnreachable
 
 # MLflow retries a dead server 7 times with doubling pauses, 4 minutes for one call. Retrying is
 # the callers' part here, so that each call is over soon and an end can be waited for.
@@ -45,11 +45,11 @@ def connect(uri: str) -> MlflowClient:
 
 @contextmanager
 def reaching(uri: str, purpose: str) -> Iterator[None]:
-    """Turn what goes wrong between here and MLflow into a JobError with URI and way out."""
+    """Turn what goes wrong between here and MLflow into RegistryUnreachable: URI and way out."""
     try:
         yield
     except (MlflowException, SQLAlchemyError, OSError) as error:
-        raise JobError(
+        raise RegistryUnreachable(
             f"{purpose}: MLflow at {uri} can't be used: {first_line(error)}; start it"
             " (`s2ft up`), or name another in tracking.uri or $MLFLOW_TRACKING_URI"
         ) from error

@@ -68,7 +68,7 @@ def register_adapter(
     shown with the model, as ``final/...``. Tried 4 times; run again later, it completes what it
     began.
 
-    Raises AdapterError for a damaged adapter, JobError where MLflow can't be used.
+    Raises AdapterError for a damaged adapter, RegistryUnreachable where MLflow can't be used.
     """
     check_alias(config.registry.alias)
     adapter = Adapter.load(folder)

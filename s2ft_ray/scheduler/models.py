@@ -64,7 +64,7 @@ class FailureReason(StrEnum):
     NODE_LOST = "node_lost"
     DRIVER_LOST = "driver_lost"
     REGISTRY = "registry"
-    """Trained, but MLflow could not be reached."""
+    """MLflow could not be used; what is trained is not trained again."""
     QUEUE_DEADLINE = "queue_deadline"
     RUN_DEADLINE = "run_deadline"
     ERROR = "error"
@@ -84,16 +84,16 @@ _RETRIES: Mapping[FailureReason, tuple[int, float]] = {
 _LONGEST_PAUSE_S = 600.0
 
 
-def retry_delay_s(reason: FailureReason, num_failures: int) -> float | None:
+def retry_delay_s(reason: FailureReason, num_alike: int) -> float | None:
     """Return the pause before the next attempt, None where there is to be none.
 
-    `num_failures` counts the failed attempts so far, this one included. The pause doubles with
-    each, to ten minutes.
+    `num_alike` counts the attempts that failed for this reason so far, this one included. The
+    pause doubles with each, to ten minutes.
     """
     most, pause_s = _RETRIES.get(reason, (0, 0.0))
-    if num_failures > most:
+    if num_alike > most:
         return None
-    return min(pause_s * 2.0 ** (num_failures - 1), _LONGEST_PAUSE_S)
+    return min(pause_s * 2.0 ** (num_alike - 1), _LONGEST_PAUSE_S)
 
 
 @dataclass(frozen=True, slots=True)

@@ -32,6 +32,7 @@ from s2ft_ray.scheduler.transitions import (
     NOTHING_HELD,
     SELECT_JOBS,
     change,
+    count_attempts,
     end,
     end_attempt,
     fail_for_good,
@@ -290,7 +291,7 @@ class Store:
             if job.stop_cause == StopCause.CANCEL:
                 return end(connection, job, State.CANCELLED, at, "cancelled", message)
             failures = job.num_failures + 1
-            pause_s = retry_delay_s(reason, failures)
+            pause_s = retry_delay_s(reason, count_attempts(connection, job.id, reason))
             if pause_s is None:
                 return fail_for_good(connection, job, reason, message, at, num_failures=failures)
             return move(

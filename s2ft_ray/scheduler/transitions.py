@@ -7,7 +7,7 @@ the row is still as it was read.
 from collections.abc import Mapping
 from typing import Any
 
-from sqlalchemy import Connection, Select, and_, bindparam, insert, select, update
+from sqlalchemy import Connection, Select, and_, bindparam, func, insert, select, update
 
 from s2ft_ray.errors import StaleAttempt, UnknownJob
 from s2ft_ray.scheduler.models import HOLDING, NEXT, FailureReason, Job, State, StopCause
@@ -153,6 +153,13 @@ def end_attempt(
         .where(this)
         .values(ended_at=max(at, job.updated_at), outcome=outcome, rows=rows, tokens=tokens)
     )
+
+
+def count_attempts(connection: Connection, job_id: str, outcome: str) -> int:
+    """Count a job's attempts that came to `outcome`."""
+    alike = and_(ATTEMPTS.c.job_id == job_id, ATTEMPTS.c.outcome == outcome)
+    found: int = connection.execute(select(func.count()).where(alike)).scalar_one()
+    return found
 
 
 def end(

@@ -10,12 +10,13 @@ import importlib
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from subprocess import CalledProcessError
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from s2ft_ray.errors import AdapterError
+from s2ft_ray.errors import AdapterError, ServingError
 from s2ft_ray.method import Adapter
 from s2ft_ray.serving.device_slots import DeviceSlots
 from s2ft_ray.serving.requests import AdapterKey
@@ -32,12 +33,13 @@ class BatchedLayers:
     """The hooks of one model. `routing` is what the next forward pass follows."""
 
     def __init__(self, model: nn.Module, slots: DeviceSlots) -> None:
+        """Raises ServingError where the slots are on a GPU whose kernels can't be compiled."""
         self._model = model
         self._slots = slots
         self._hooked: dict[str, Any] = {}
         self._kernels: Any = None
-        if slots.rows.is_cuda:  # they take Triton, which torch for CPUs doesn't bring
-            self._kernels = importlib.import_module("s2ft_ray.serving.gpu_kernels")
+        if slots.rows.is_cuda:
+            self._kernels = _load_kernels(slots.rows)
         self.routing: Routing | None = None
 
     def prepare(self, key: AdapterKey, adapter: Adapter) -> None:
@@ -142,6 +144,19 @@ class BatchedLayers:
             inputs = x.index_select(0, block.tokens).view(num_adapters, num_tokens, width)
             products = torch.bmm(inputs, pool.transpose(1, 2))
             y.view(-1).index_add_(0, block.entries, products.flatten())
+
+
+def _load_kernels(pool: Tensor) -> Any:
+    """Import and compile the kernels of a GPU. They take Triton, which torch for CPUs has not."""
+    try:
+        kernels = importlib.import_module("s2ft_ray.serving.gpu_kernels")
+        kernels.warm_up(pool)
+    except (ImportError, RuntimeError, OSError, CalledProcessError) as error:
+        raise ServingError(
+            "adapters on a GPU take kernels that Triton compiles with the machine's C compiler:"
+            f" install triton and gcc ({' '.join(str(error).split())})"
+        ) from error
+    return kernels
 
 
 def _sum_rows(pool: Tensor, weights: Tensor, gather: Gather) -> Tensor:

@@ -438,9 +438,11 @@ class Engine:
     def _alone(self) -> Iterator[None]:
         """Have the model for oneself: no step, and nobody else outside the steps."""
         with self._batching.paused(), self._using_model:
-            yield
-            if self._model.device.type == "cuda":  # the steps read on a stream of their own
-                torch.cuda.current_stream(self._model.device).synchronize()
+            try:
+                yield
+            finally:
+                if self._model.device.type == "cuda":  # the steps read on a stream of their own
+                    torch.cuda.current_stream(self._model.device).synchronize()
             self._batching.last_step_at = time.monotonic()
 
 

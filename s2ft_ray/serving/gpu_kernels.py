@@ -17,6 +17,20 @@ from s2ft_ray.serving.routing import PoolRanges
 
 _FEW_TOKENS = 32
 """Below, the blocks of a sum are narrower, so that all multiprocessors have one."""
+# Where they lie changes with the number of tokens: that compiles nothing anew.
+_UNALIGNED = ["starts", "counts", "tokens"]
+
+
+def warm_up(pool: Tensor) -> None:
+    """Compile the kernels for a pool's width and dtype, so that no step waits for that."""
+    width = pool.shape[1]
+    for num_tokens in (1, _FEW_TOKENS):
+        x = torch.zeros(num_tokens, width, dtype=pool.dtype, device=pool.device)
+        tokens = torch.arange(num_tokens, device=pool.device)
+        starts, counts = torch.zeros_like(tokens), torch.ones_like(tokens)
+        places = torch.zeros(1, dtype=torch.int64, device=pool.device)
+        add_sums(x, x.clone(), pool, places, PoolRanges("in", tokens, starts, counts, 1))
+        add_dots(x, x.clone(), pool, places, PoolRanges("out", tokens, starts, counts, 1))
 
 
 def add_sums(x: Tensor, y: Tensor, pool: Tensor, places: Tensor, ranges: PoolRanges) -> None:
@@ -46,7 +60,7 @@ def add_dots(x: Tensor, y: Tensor, pool: Tensor, places: Tensor, ranges: PoolRan
         )  # fmt: skip
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=_UNALIGNED)
 def _sums(
     x, pool, places, starts, counts, tokens, y,
     x_stride, y_stride, width: tl.constexpr, block_rows: tl.constexpr, block_width: tl.constexpr,
@@ -73,7 +87,7 @@ def _sums(
     tl.store(at, (before + sums).to(y.dtype.element_ty), mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=_UNALIGNED)
 def _dots(
     x, pool, places, starts, counts, tokens, y,
     x_stride, y_stride, width: tl.constexpr, block_rows: tl.constexpr, block_width: tl.constexpr,

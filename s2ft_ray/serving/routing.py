@@ -28,7 +28,7 @@ _NEVER = 2**31
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """From where on which kernel is faster, on one kind of device."""
+    """The sizes at which another kernel becomes faster, for one kind of device."""
 
     long: int
     """From so many tokens of one adapter on, a product with a slice of the pool beats rows."""
@@ -56,7 +56,7 @@ _CPU_AVX2 = Limits(8, {("out", 2): 2, ("out", 4): 1, ("in", 2): _NEVER, ("in", 4
 # 64 rows each, 4096 wide, bf16, an H200, launched by Python: 64 adapters of a token take 57 us as
 # products on the input side and 49 on the output side, 33 and 32 by the kernel; 1,000 take 153 and
 # 135, by the kernel 228 and 151, because it reads a row in pieces. Of 8 adapters with 8 tokens
-# each, 54 and 46 as products, 30 and 24 by the kernel.
+# each, 54 and 46 as products, 30 and 31 by the kernel.
 _ALWAYS: dict[tuple[Side, int], int] = {("in", 2): 1, ("in", 4): 1, ("out", 2): 1, ("out", 4): 1}
 _CUDA = Limits(64, _ALWAYS, shortest_run=1, fewest_in_all=256, has_kernel=True)
 

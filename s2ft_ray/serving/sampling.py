@@ -139,10 +139,11 @@ def _logprobs(
     tops: dict[int, TopLogprobs] = {}
     for num_top in set(told.values()) - {0}:
         alike = [(place, i) for place, i in enumerate(told) if told[i] == num_top]
-        values, ids = torch.stack([rows[place] for place, _ in alike]).topk(
-            min(num_top, rows.shape[1])
-        )
-        found = zip(alike, ids.tolist(), values.tolist(), strict=True)
+        # each row by itself: how many others there are would decide between equal ones
+        best = [rows[place].topk(min(num_top, rows.shape[1])) for place, _ in alike]
+        values = torch.stack([it.values for it in best]).tolist()
+        ids = torch.stack([it.indices for it in best]).tolist()
+        found = zip(alike, ids, values, strict=True)
         tops |= {i: tuple(zip(row, scores, strict=True)) for (_, i), row, scores in found}
     return {
         i: TokenOutput(tokens[i], value, tops.get(i, ()))

@@ -370,6 +370,20 @@ def test_what_a_failed_attempt_trained_is_accounted_for(queue: Queue) -> None:
     assert row["tokens"] == 9070
 
 
+def test_each_cause_has_retries_of_its_own(queue: Queue) -> None:
+    job_id = queue.submit()
+
+    def fail(reason: str) -> str:
+        queue.tick(700)
+        failure = {"outcome": "failed", "reason": reason, "message": reason}
+        queue.scheduler.report(job_id, queue.begin(job_id), failure)
+        return queue.state(job_id)
+
+    lost = ["worker_lost"] * 5
+    assert [fail(reason) for reason in (*lost, "storage", "error")] == ["queued"] * 7
+    assert fail("error") == "failed"
+
+
 def test_a_job_is_told_with_all_that_a_program_may_ask(queue: Queue) -> None:
     job_id = queue.submit()
     queue.tick()

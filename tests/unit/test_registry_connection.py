@@ -1,10 +1,13 @@
 from pathlib import Path
 
 import pytest
+from mlflow.exceptions import MlflowException
+from sqlalchemy.exc import OperationalError
 
 from s2ft_ray.config import RunConfig, parse_config
+from s2ft_ray.errors import RegistryUnreachable
 from s2ft_ray.registry import default_tracking_uri
-from s2ft_ray.registry.connection import artifact_location
+from s2ft_ray.registry.connection import artifact_location, reaching
 from s2ft_ray.registry.delivery import metric_key
 
 
@@ -59,3 +62,19 @@ def test_a_metrics_name_is_one_that_mlflow_takes() -> None:
     )
     assert metric_key("résumé (50%)") == "résumé _50__"
     assert len(metric_key("x" * 400)) == 250
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        OperationalError("INSERT", {}, Exception("database or disk is full")),
+        MlflowException("server error"),
+        ConnectionRefusedError("nobody listens"),
+    ],
+)
+def test_what_goes_wrong_with_mlflow_is_the_registrys_fault(error: Exception) -> None:
+    with (
+        pytest.raises(RegistryUnreachable, match="r1: not registered: MLflow at u can't be used"),
+        reaching("u", "r1: not registered"),
+    ):
+        raise error
