@@ -19,6 +19,7 @@ def test_each_token_gets_what_its_rows_give(
     from s2ft_ray.serving import gpu_kernels
 
     draw = torch.Generator("cuda").manual_seed(num_tokens + width)
+    torch.manual_seed(num_tokens + width)
 
     def normal(*shape: int) -> Tensor:
         return torch.randn(*shape, generator=draw, device="cuda").to(dtype)

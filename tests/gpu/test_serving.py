@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 from serving_worlds import adapters, base, merged, request, tokenizer, tokens
+from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel
 
 from s2ft_ray.errors import ServingError
@@ -110,19 +111,22 @@ def test_logprobs_of_what_is_generated_are_the_merged_models(dtype: torch.dtype)
             each = (one(engine, key, place) for key, place in BUSY)
             return await asyncio.wait_for(asyncio.gather(*each), 120)
 
-    off = []
+    off: dict[AdapterKey | None, dict[AdapterKey | None, list[Tensor]]] = {}
     for (key, place), outputs in zip(BUSY, asyncio.run(serve()), strict=True):
         prompt, chosen = PROMPTS[place], [output.token_id for output in outputs]
         ids = torch.tensor([[*prompt, *chosen]], device=DEVICE)
-        with torch.no_grad():
-            logprobs = merged_on_device(key)(ids).logits[0, len(prompt) - 1 : -1].log_softmax(-1)
-        wanted = logprobs.gather(1, ids[0, len(prompt) :, None])[:, 0]
         got = torch.tensor([output.logprob for output in outputs], device=DEVICE)
-        off.append((got - wanted).abs())
         assert all(len(output.top_logprobs) == 3 for output in outputs)
-    mean, most = float(torch.cat(off).mean()), float(torch.cat(off).max())
-    assert mean < (1e-4 if dtype == torch.float32 else 0.1)
-    assert most < (1e-3 if dtype == torch.float32 else 0.6)
+        for other in (None, *adapters()):
+            with torch.no_grad():
+                logits = merged_on_device(other)(ids).logits[0, len(prompt) - 1 : -1]
+            wanted = logits.log_softmax(-1).gather(1, ids[0, len(prompt) :, None])[:, 0]
+            off.setdefault(key, {}).setdefault(other, []).append((got - wanted).abs())
+    for key, by_model in off.items():
+        mean = {other: float(torch.cat(found).mean()) for other, found in by_model.items()}
+        assert min(mean, key=lambda other: mean[other]) == key
+        assert mean[key] < (1e-4 if dtype == torch.float32 else 0.1)
+        assert float(torch.cat(by_model[key]).max()) < (1e-3 if dtype == torch.float32 else 0.6)
 
 
 def test_scores_beside_running_requests_are_the_merged_models() -> None:
