@@ -292,6 +292,12 @@ def _report(
     notes: list[str],
 ) -> DataReport:
     lengths, targets = count_tokens(train)
+    if files[0].format == "preference":  # each row is two sequences
+        others = count_tokens(train, "rejected_mask")
+        lengths, targets = (
+            np.concatenate([lengths, others[0]]),
+            np.concatenate([targets, others[1]]),
+        )
     p50, p99 = np.percentile(lengths, [50, 99], method="higher")
     digests = [file.sha256 for file in files]
     joined = hashlib.sha256("".join(digests).encode()).hexdigest()

@@ -70,7 +70,7 @@ class HubDataset:
         except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
             raise DataError(
                 f"{key}: {name}: is no file here, and no data set that can be loaded:"
-                f" {_first_line(error)}; name a file, a folder with data files, or a data set"
+                f" {_told(error)}; name a file, a folder with data files, or a data set"
                 " of the hub"
             ) from error
         if isinstance(loaded, datasets.Dataset):
@@ -106,6 +106,9 @@ def is_saved_dataset(folder: Path) -> bool:
     return (folder / "state.json").is_file() or (folder / "dataset_dict.json").is_file()
 
 
-def _first_line(error: Exception) -> str:
+def _told(error: BaseException) -> str:
+    """Return the first line of what `error` says; of a file that can't be read, the cause's."""
+    if type(error) is datasets.exceptions.DatasetGenerationError and error.__cause__:
+        error = error.__cause__
     lines = str(error).strip().splitlines() or [type(error).__name__]
-    return lines[0]
+    return lines[0].rstrip(".")

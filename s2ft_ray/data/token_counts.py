@@ -8,12 +8,17 @@ from datasets import Dataset
 ROWS_PER_READ = 10_000
 
 
-def count_tokens(dataset: Dataset) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
-    """Return each row's tokens, and its targets; a first token is never a target."""
+def count_tokens(
+    dataset: Dataset, mask: str = "target_mask"
+) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+    """Return each row's tokens, and its targets; a first token is never a target.
+
+    `mask` "rejected_mask" counts those of a preference's rejected answer.
+    """
     lengths: list[npt.NDArray[np.int64]] = []
     targets: list[npt.NDArray[np.int64]] = []
-    for table in dataset.select_columns("target_mask").with_format("arrow").iter(ROWS_PER_READ):
-        masks = table["target_mask"].combine_chunks()
+    for table in dataset.select_columns(mask).with_format("arrow").iter(ROWS_PER_READ):
+        masks = table[mask].combine_chunks()
         sizes = pc.list_value_length(masks).to_numpy().astype(np.int64)
         starts = np.cumsum(sizes) - sizes
         flags = masks.flatten().to_numpy(zero_copy_only=False).astype(np.int64)

@@ -25,6 +25,7 @@ from s2ft_ray.method.merged_export import copy_settings
 from s2ft_ray.method.parts import AdapterSlice, BaseInfo
 from s2ft_ray.method.scores import looks_at_data
 from s2ft_ray.method.selection import ModuleSelection, Selection, count_trainable
+from s2ft_ray.method.sharded import gathers_called_by
 from s2ft_ray.method.slices import BUCKET_BYTES, write_back
 from s2ft_ray.method.switching import base_fingerprint, switched_fingerprints
 from s2ft_ray.method.weights import base_entries
@@ -53,6 +54,7 @@ __all__ = [
     "count_trainable",
     "extract_adapter",
     "fuse",
+    "gathers_called_by",
     "looks_at_data",
     "restore",
     "slice_layers",

@@ -4,7 +4,9 @@ What is sharded lies as torch.chunk cuts it: equal parts, the last ones shorter 
 """
 
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 
 import torch
 import torch.distributed as dist
@@ -12,6 +14,19 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+
+Caller = Callable[[Callable[[], object]], object]
+_call_gather: ContextVar[Caller] = ContextVar("call_gather", default=lambda gather: gather())
+
+
+@contextmanager
+def gathers_called_by(caller: Caller) -> Iterator[None]:
+    """Let `caller` call the gathers of ``whole_all`` inside: to measure what they take."""
+    token = _call_gather.set(caller)
+    try:
+        yield
+    finally:
+        _call_gather.reset(token)
 
 
 def whole(tensor: Tensor) -> Tensor:
@@ -52,7 +67,8 @@ def _gather(tensors: list[DTensor], mesh: DeviceMesh, dim: int) -> list[Tensor]:
     parts = [_padded(t.to_local(), shape) for t, shape in zip(tensors, shapes, strict=True)]
     mine = torch.cat(parts)
     gathered = mine.new_empty(size * mine.numel())
-    dist.all_gather_single(gathered, mine, group=mesh.get_group(dim))
+    group = mesh.get_group(dim)
+    _call_gather.get()(lambda: dist.all_gather_single(gathered, mine, group=group))
     columns = torch.split(gathered.view(size, -1), [part.numel() for part in parts], dim=1)
     return [
         column.reshape(size * shape[0], *shape[1:])[: tensor.shape[0]]

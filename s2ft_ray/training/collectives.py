@@ -1,10 +1,12 @@
-"""The time that FSDP's collectives take, measured where they are called.
+"""The time that a step's collectives take, measured where they are called.
 
-On the CPU a collective blocks its caller, and the time is the caller's. On a GPU it is what the
-collective's stream takes, beside which the arithmetic goes on.
+Counted are FSDP's gathers, its reductions (those among the groups of ``hybrid`` too) and the
+gathers of write-backs. On the CPU a collective blocks its caller, and the time is the caller's. On
+a GPU it is what the collective's stream takes, beside which the arithmetic goes on.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, TypeVar
 
 import torch
@@ -16,6 +18,8 @@ from torch.distributed.fsdp._fully_shard._fsdp_collectives import (
     DefaultReduceScatter,
 )
 
+from s2ft_ray.method import gathers_called_by
+from s2ft_ray.training.parallel import Layout
 from s2ft_ray.training.speed import PhaseClock
 
 T = TypeVar("T")
@@ -24,26 +28,41 @@ T = TypeVar("T")
 class CollectiveClock:
     """Adds up the time of a model's gathers and reductions; made after ``shard_model``."""
 
-    def __init__(self, model: nn.Module, device: torch.device) -> None:
+    def __init__(self, model: nn.Module, device: torch.device, layout: Layout) -> None:
         self._device = device
         self._clocks: list[PhaseClock] = []
         for module in model.modules():
             if isinstance(module, FSDPModule):
                 module.set_custom_all_gather(_TimedAllGather(self))
                 module.set_custom_reduce_scatter(_TimedReduceScatter(self))
+                if layout.sharding == "hybrid":  # called after the reduction among the groups
+                    module.set_all_reduce_hook(lambda _: self.end())
+
+    @contextmanager
+    def counting(self) -> Iterator[None]:
+        """Count from here to the end of it; what evaluations gather before is forgotten."""
+        self._clocks = []
+        with gathers_called_by(self.time):
+            yield
 
     def time(self, collective: Callable[[], T]) -> T:
         """Call `collective` and count what it takes."""
-        clock = PhaseClock(self._device)
+        self.begin()
         work = collective()
-        clock.lap("collective")
-        self._clocks.append(clock)
+        self.end()
         return work
 
-    def take(self) -> float:
-        """Return the seconds since this was last asked."""
-        clocks, self._clocks = self._clocks, []
-        return sum(clock.seconds()["collective"] for clock in clocks)
+    def begin(self) -> None:
+        """Count from here on, if an end comes before the next beginning."""
+        self._clocks.append(PhaseClock(self._device))
+
+    def end(self) -> None:
+        """Count the time since the beginning, or since the end before."""
+        self._clocks[-1].lap("collective")
+
+    def seconds(self) -> float:
+        """Return what was counted last."""
+        return sum(clock.seconds().get("collective", 0.0) for clock in self._clocks)
 
 
 class _TimedAllGather(DefaultAllGather):
@@ -67,6 +86,14 @@ class _TimedReduceScatter(DefaultReduceScatter):
         super().__init__()
         self._clock = clock
 
+    def allocate(
+        self, size: Sequence[int | torch.SymInt], *, dtype: torch.dtype, device: torch.device
+    ) -> Tensor:
+        buffer = super().allocate(size, dtype=dtype, device=device)
+        # The last thing before a reduction, also where groups of one worker scatter nothing.
+        self._clock.begin()
+        return buffer
+
     def __call__(
         self,
         output_tensor: Tensor,
@@ -75,5 +102,6 @@ class _TimedReduceScatter(DefaultReduceScatter):
         op: Any,
         async_op: bool = False,
     ) -> dist.Work:
-        call = super().__call__
-        return self._clock.time(lambda: call(output_tensor, input_tensor, group, op, async_op))
+        work = super().__call__(output_tensor, input_tensor, group, op, async_op)
+        self._clock.end()
+        return work

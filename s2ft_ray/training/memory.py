@@ -103,8 +103,12 @@ def estimate_memory(
     seq_len: int,
     layout: Layout,
 ) -> MemoryEstimate:
-    """Add up what a worker of `layout` holds while it trains on sequences of `seq_len`."""
+    """Add up what a worker of `layout` holds while it trains on sequences of `seq_len`.
+
+    Of preferences it holds the slices' first values too.
+    """
     width = dtype_bytes(config, model_config)
+    held_bytes = STATE_BYTES + (SLICE_BYTES if config.objective.loss == "dpo" else 0)
     if layout.sharding == "replicate":
         held, gathered = base.total, 0
         # Whole while a step lasts: the slices, their gradients, and (always) the base's own
@@ -119,7 +123,7 @@ def estimate_memory(
     return MemoryEstimate(
         base=held,
         gathered=gathered,
-        slices=num_trainable * STATE_BYTES // layout.slice_shards + num_trainable * whole,
+        slices=num_trainable * held_bytes // layout.slice_shards + num_trainable * whole,
         activations=_activations(config, model_config, width, seq_len),
     )
 
@@ -133,13 +137,14 @@ def _activations(
     output (2 D + 2 D of which k and v only have the KV heads' share) and gate, its activation and
     up (3 F); in fp32 the inputs of the two norms (2 D). With activation checkpointing it keeps
     the layers' inputs, and one layer's part at a time. Logits: in the base's dtype, in fp32, and
-    their gradient.
+    their gradient. A pair of preferences is two sequences.
     """
     hidden = model_config.hidden_size
     heads: int = model_config.num_attention_heads
     kv_share = (_first(model_config, "num_key_value_heads") or heads) / heads
     intermediate = _first(model_config, "intermediate_size", "ffn_dim", "n_inner") or 4 * hidden
-    tokens = config.optim.micro_batch_size * seq_len
+    sequences = config.optim.micro_batch_size * (2 if config.objective.loss == "dpo" else 1)
+    tokens = sequences * seq_len
     values = (2 + 2 * kv_share) * hidden + 3 * intermediate
     layer = int(tokens * (values * width + 2 * hidden * 4))
     layers = model_config.num_hidden_layers
@@ -157,16 +162,22 @@ def estimate_traffic(
 
     ``replicate`` gathers the slices once for each micro-batch and once for the write-back;
     ``full`` gathers the base and the slices in forward and again in backward. Slice gradients are
-    reduced once a step, and under ``hybrid`` once more among the groups.
+    reduced once a step, and under ``hybrid`` once more among the groups. For the reference of
+    preferences ``replicate`` gathers the slices once, and for each of the two exchanges; ``full``
+    makes one more forward pass of each micro-batch.
+
+    Left out, being less than the slices are: the write-back under ``full`` and ``hybrid``, which
+    gathers those of rows (q, k, v, up, gate), and the few numbers that the workers agree on.
     """
     slices = num_trainable * SLICE_BYTES
     shards = layout.slice_shards
     remote = (shards - 1) / shards
     passes = _num_passes(config, layout.num_workers)
+    is_dpo = config.objective.loss == "dpo"
     if layout.sharding == "replicate":
-        gathered = (passes + 1) * slices * remote
+        gathered = (passes + (4 if is_dpo else 1)) * slices * remote
     else:
-        gathered = 2 * passes * (base.total + slices) * remote
+        gathered = (3 if is_dpo else 2) * passes * (base.total + slices) * remote
     groups = layout.num_workers // shards
     among_groups = 2 * slices / shards * (groups - 1) / groups  # a ring: there and back
     return TrafficEstimate(int(gathered), int(slices * remote + among_groups))

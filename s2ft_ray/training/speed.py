@@ -2,8 +2,8 @@
 
 Phases: data (rows to tensors), forward, backward, clip, optimizer, write_back, agree (the sums
 over workers), checkpoint (what saving holds the loop up). Communication lies across them: what
-FSDP's gathers and reductions take within forward and backward, and agree; on a GPU, where they
-run beside the arithmetic, their own time.
+the gathers and reductions take within forward, backward and write_back (see ``collectives``), and
+agree; on a GPU, where they run beside the arithmetic, their own time.
 """
 
 import time

@@ -152,7 +152,7 @@ class WorkerPart:
     ) -> None:
         started, first = time.perf_counter(), state.step
         speed = RunSpeed(self.model, self.workers.device, self.workers.world_size)
-        collectives = CollectiveClock(self.model, self.workers.device)
+        collectives = CollectiveClock(self.model, self.workers.device, self.layout)
         held_up = 0.0  # by the last checkpoint
         profiler = None
         if self.config.tracking.profile:
@@ -165,24 +165,25 @@ class WorkerPart:
             step = self.loader.next_step()
             data_seconds = time.perf_counter() - began
             try:
-                result = train_step(
-                    self.model,
-                    state.optimizer,
-                    step,
-                    number=state.step,
-                    num_steps=total,
-                    config=self.config.optim,
-                    workers=self.workers,
-                    is_stop_requested=self._is_stop_requested,
-                    objective=self.objective,
-                    noise=self.noise,
-                )
+                with collectives.counting():
+                    result = train_step(
+                        self.model,
+                        state.optimizer,
+                        step,
+                        number=state.step,
+                        num_steps=total,
+                        config=self.config.optim,
+                        workers=self.workers,
+                        is_stop_requested=self._is_stop_requested,
+                        objective=self.objective,
+                        noise=self.noise,
+                    )
             except Diverged as error:
                 checkpointer.settle()
                 good = checkpointer.newest_step()
                 raise Diverged(f"{error}; last good checkpoint: step {good}") from error
             state.step = result.step
-            communication = collectives.take() + result.phases["agree"]
+            communication = collectives.seconds() + result.phases["agree"]
             if log:
                 pace = (time.perf_counter() - started) / (state.step - first)
                 phases = {"data": data_seconds, "checkpoint": held_up, **result.phases}

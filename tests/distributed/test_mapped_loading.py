@@ -15,10 +15,21 @@ import torch
 from gloo import GlooPool
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, MixtralConfig
+from transformers import (
+    AutoModelForCausalLM,
+    Gemma3TextConfig,
+    GemmaConfig,
+    GPT2Config,
+    GPTNeoXConfig,
+    LlamaConfig,
+    MixtralConfig,
+    PreTrainedModel,
+    Qwen2Config,
+)
 
 from s2ft_ray.bases import load_base_model
 from s2ft_ray.config import ModelConfig, S2FTConfig
+from s2ft_ray.errors import ConfigError
 from s2ft_ray.method import Adapter, convert, slice_layers
 from s2ft_ray.training.parallel import Layout, Workers, shard_model
 
@@ -129,6 +140,102 @@ def compare(base: Path, dtype: str) -> tuple[bool, bool, float]:
     equal &= all(torch.equal(value, buffers[name]) for name, value in mapped.named_buffers())
     tied = mapped.get_input_embeddings().weight is mapped.get_output_embeddings().weight
     return equal and len(state) == len(mapped.state_dict()), tied, float(difference)
+
+
+# Each computes something as it is made, that no file has.
+COMPUTED: dict[str, tuple[type, dict[str, Any]]] = {
+    "gemma": (GemmaConfig, {"head_dim": 12}),
+    "gemma3": (Gemma3TextConfig, {"head_dim": 12, "sliding_window": 8}),
+    "gpt2": (GPT2Config, {"n_embd": 48, "n_inner": 88, "n_layer": 2, "n_head": 4}),
+    "gpt_neox": (GPTNeoXConfig, {}),
+    "llama3": (
+        LlamaConfig,
+        {
+            "rope_parameters": {
+                "rope_type": "llama3",
+                "rope_theta": 10_000.0,
+                "factor": 8.0,
+                "low_freq_factor": 1.0,
+                "high_freq_factor": 4.0,
+                "original_max_position_embeddings": 16,
+            }
+        },
+    ),
+    "yarn": (
+        Qwen2Config,
+        {
+            "rope_parameters": {
+                "rope_type": "yarn",
+                "rope_theta": 10_000.0,
+                "factor": 4.0,
+                "original_max_position_embeddings": 16,
+            }
+        },
+    ),
+    "dynamic": (
+        LlamaConfig,
+        {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 10_000.0, "factor": 2.0}},
+    ),
+}
+
+
+def save_computing(folder: Path, family: str) -> Path:
+    """Save a small model of `family`, of random weights."""
+    kind, changes = COMPUTED[family]
+    sizes = {
+        "hidden_size": 48,
+        "intermediate_size": 88,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "vocab_size": 64,
+        "max_position_embeddings": 64,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+    }
+    torch.manual_seed(0)
+    values = {**sizes, **changes}  # some names are one family's own: n_layer
+    config = kind(**{k: v for k, v in values.items() if hasattr(kind, k)})
+    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize("dtype", ["auto", "bfloat16"])
+@pytest.mark.parametrize("family", COMPUTED)
+def test_what_a_model_computes_as_it_is_made_is_the_same(
+    tmp_path: Path, family: str, dtype: str
+) -> None:
+    base = save_computing(tmp_path / "base", family)
+    equal, _, difference = compare(base, dtype)
+    assert equal
+    assert difference == 0.0
+    model = load_base_model(ModelConfig(name_or_path=str(base), dtype=dtype), mapped=True)
+    assert is_mapped(model)
+    assert any(buffer.numel() > 0 for buffer in model.buffers()) or family == "gpt2"
+
+
+def compare_sharded(base: Path, home: Path) -> tuple[bool, float]:
+    """Compare a mapped model that is converted and sharded with a plain one: buffers, logits."""
+    os.environ["S2FT_HOME"] = str(home)
+    config = ModelConfig(name_or_path=str(base), dtype="bfloat16")
+    plain, mapped = load_base_model(config), load_base_model(config, mapped=True)
+    convert(mapped, S2FTConfig(budgets={"o": 0.25, "down": 0.1}))
+    workers = Workers.join(torch.device("cpu"))
+    shard_model(mapped, workers, Layout.of("full", workers.world_size, 1))
+    buffers = dict(mapped.named_buffers())
+    equal = all(torch.equal(value, buffers[name]) for name, value in plain.named_buffers())
+    ids = torch.arange(40).unsqueeze(0)
+    with torch.no_grad():
+        difference = (plain(input_ids=ids).logits - mapped(input_ids=ids).logits).abs().max()
+    return equal, float(difference)
+
+
+def test_and_it_stays_so_as_the_model_is_sharded(two: GlooPool, tmp_path: Path, home: Path) -> None:
+    for family in COMPUTED:
+        base = save_computing(tmp_path / family, family)
+        for equal, difference in two.run(compare_sharded, base, home):
+            assert equal, family
+            assert difference <= 0.02, family  # channels are summed in another order
 
 
 def rewritten(home: Path) -> list[Path]:
@@ -293,3 +400,82 @@ def test_training_leaves_the_files_alone_and_gives_the_same_adapter(
         made.append(Adapter.load(run.adapter).fingerprint)
     assert made[0] == made[1]
     assert {path: path.read_bytes() for path in base.iterdir()} == files
+
+
+def save_renamed(folder: Path, dtype: torch.dtype = torch.float32) -> Path:
+    """Save a base whose files have other names than the model: each expert's matrices apart."""
+    sizes = {"num_local_experts": 4, "num_hidden_layers": 2}
+    return runs.save_base(folder, dtype, kind=MixtralConfig, **sizes)
+
+
+@pytest.mark.parametrize("save", [runs.save_base, save_renamed])
+@pytest.mark.parametrize("strictly", [False, True])
+def test_modules_that_stay_in_fp32_do(
+    save: Callable[..., Path], strictly: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    name = "_keep_in_fp32_modules_strict" if strictly else "_keep_in_fp32_modules"
+    monkeypatch.setattr(PreTrainedModel, name, {"input_layernorm"})
+    base = save(tmp_path / "base", torch.float16)
+    dtype = "bfloat16" if strictly else "float16"
+    config = ModelConfig(name_or_path=str(base), dtype=dtype)
+    plain, mapped = load_base_model(config), load_base_model(config, mapped=True)
+    state, values = plain.state_dict(), mapped.state_dict()
+    assert {name: it.dtype for name, it in values.items()} == {
+        n: it.dtype for n, it in state.items()
+    }
+    assert all(torch.equal(value, state[name]) for name, value in values.items())
+    assert mapped.model.layers[0].input_layernorm.weight.dtype == torch.float32
+    assert mapped.model.layers[0].self_attn.o_proj.weight.dtype == getattr(torch, dtype)
+    assert is_mapped(mapped)
+
+
+def no_room_for_two(monkeypatch: pytest.MonkeyPatch) -> str:
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=200_000))
+    return "GiB free for"
+
+
+def filled_by_the_parameters(monkeypatch: pytest.MonkeyPatch) -> str:
+    def save(*_: Any) -> None:
+        raise SafetensorError("I/O error: No space left on device (os error 28)")
+
+    monkeypatch.setattr("transformers.integrations.accelerate.save_file", save)
+    return "No space left on device"
+
+
+@pytest.mark.parametrize("lack", [no_room_for_two, filled_by_the_parameters])
+def test_nor_do_other_names_need_room(
+    lack: Callable[[pytest.MonkeyPatch], str],
+    tmp_path: Path,
+    home: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    base = save_renamed(tmp_path / "base")
+    told = lack(monkeypatch)
+    model = load_base_model(ModelConfig(name_or_path=str(base)), mapped=True)
+    assert not is_mapped(model)
+    assert told in caplog.text
+    assert not list(home.glob("cache/bases/.*.partial"))
+
+
+def test_a_fault_of_files_with_other_names_is_told_once(tmp_path: Path) -> None:
+    base = save_renamed(tmp_path / "base")
+    tensors = load_file(base / "model.safetensors")
+    del tensors["model.layers.1.self_attn.o_proj.weight"]
+    save_file(tensors, base / "model.safetensors", {"format": "pt"})
+    with pytest.raises(ConfigError, match="lacks 1 weights of its architecture") as caught:
+        load_base_model(ModelConfig(name_or_path=str(base)), mapped=True)
+    assert str(caught.value).count("model.name_or_path") == 1
+
+
+def test_what_a_killed_worker_left_is_removed_after_a_day(tmp_path: Path, home: Path) -> None:
+    left = home / "cache" / "bases" / ".gone.1234.partial"
+    fresh = home / "cache" / "bases" / ".other.5678.partial"
+    for folder, age_s in ((left, 90_000.0), (fresh, 3600.0)):
+        folder.mkdir(parents=True)
+        (folder / "0.safetensors").write_text("half")
+        os.utime(folder, (time.time() - age_s,) * 2)
+    base = save_in_files(tmp_path / "base", "15KB")
+    load_base_model(ModelConfig(name_or_path=str(base), dtype="bfloat16"), mapped=True)
+    assert not left.exists()
+    assert fresh.exists()

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -11,16 +12,21 @@ import runs
 import torch
 import torch.nn.functional as F
 from gloo import GlooPool
-from transformers import AutoModelForCausalLM, GPT2Config, OPTConfig
+from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, OPTConfig
 
 from s2ft_ray.bases import load_base_model
-from s2ft_ray.config import ModelConfig
-from s2ft_ray.data import MicroBatch
+from s2ft_ray.config import ModelConfig, OptimConfig, S2FTConfig
+from s2ft_ray.data import MicroBatch, Step
 from s2ft_ray.errors import Preempted
-from s2ft_ray.method import Adapter
+from s2ft_ray.method import Adapter, convert
 from s2ft_ray.training import worker
+from s2ft_ray.training.loop import train_step
 from s2ft_ray.training.objective import CrossEntropy, EmbeddingNoise, Preference
+from s2ft_ray.training.optimizer import build_optimizer
+from s2ft_ray.training.parallel import Layout, Workers, shard_model
 from s2ft_ray.training.run_folder import RunFolder
+
+JOBS = Path(__file__).parents[2] / "jobs"
 
 
 @pytest.fixture(scope="module")
@@ -120,6 +126,54 @@ def test_dpo_is_the_papers_formula_with_a_second_model(
     gains = (gain(policy) - gain(reference)).view(-1, 2)
     expected = -F.logsigmoid(0.1 * (gains[:, 0] - gains[:, 1])).mean()
     assert losses(run)[1] == pytest.approx(float(expected), abs=1e-6)
+
+
+def measure_peak(loss: str, sharding: str) -> dict[str, int]:
+    """Return the most bytes in tensors over two steps of `loss`, and what the model has of them."""
+    sys.path.insert(0, str(JOBS))
+    from benchmarks.allocations import Allocations
+
+    torch.manual_seed(0)
+    workers = Workers.join(torch.device("cpu"))
+    sizes = {"hidden_size": 256, "intermediate_size": 704, "vocab_size": 512}
+    model = AutoModelForCausalLM.from_config(
+        LlamaConfig(num_hidden_layers=4, num_attention_heads=8, num_key_value_heads=8, **sizes)
+    )
+    convert(model, S2FTConfig(budgets={"o": 0.25, "down": 0.1}))
+    layout = Layout.of(sharding, workers.world_size, 1)  # type: ignore[arg-type]
+    shard_model(model, workers, layout)
+    slices = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    config = OptimConfig(max_steps=2, global_batch_size=4, micro_batch_size=4)
+    optimizer = build_optimizer(slices, config)
+    ids = torch.randint(0, 512, (4, 32), generator=torch.Generator().manual_seed(0))
+    positions = torch.arange(32).expand(4, 32)
+    batch = MicroBatch(ids, ids, positions, num_targets=124, num_tokens=128)
+    step = Step([batch], num_targets=124, normalizer=2.0, lines=[], files=[])
+    with Allocations() as allocations:
+        objective = Preference(model, 0.1) if loss == "dpo" else CrossEntropy()
+        for number in range(2):
+            train_step(
+                model, optimizer, step, number=number, num_steps=2, config=config,
+                workers=workers, objective=objective,
+            )  # fmt: skip
+    return {
+        "peak": allocations.peak,
+        "slices": 4 * sum(p.to_local().numel() for p in slices),  # type: ignore[operator]
+        "model": 4 * sum(p.numel() for p in model.parameters() if not p.requires_grad),
+    }
+
+
+def test_preferences_take_the_slices_once_more_and_no_second_model(one: GlooPool) -> None:
+    plain, dpo = (one.run(measure_peak, it, "replicate")[0] for it in ("cross_entropy", "dpo"))
+    assert dpo["model"] > 25 * dpo["slices"]
+    # Gloo lets go of what it has sent sooner or later: the slices, gathered, up to twice a run.
+    assert abs(dpo["peak"] - plain["peak"] - dpo["slices"]) < 4 * dpo["slices"]
+
+
+def test_nor_a_second_shard_of_it(two: GlooPool) -> None:
+    plain, dpo = (two.run(measure_peak, it, "full")[0] for it in ("cross_entropy", "dpo"))
+    # Here gathered layers, of which each has a quarter of the model.
+    assert abs(dpo["peak"] - plain["peak"]) < 0.7 * dpo["model"] / 2
 
 
 def test_dropout_does_not_part_the_start_from_itself(one: GlooPool, tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 """Every layout of the weights: the same losses, and what each holds and moves, as estimated."""
 
 import argparse
+import json
 import logging
 import sys
 from pathlib import Path
@@ -215,6 +216,34 @@ def test_the_estimates_are_what_a_run_holds_and_receives(
     saved = sum(p.stat().st_size for p in (run.checkpoints / "step-00000006").glob("*.distcp"))
     pieces = 4 * 4 * len(Adapter.load(run.adapter).slices)  # a header each, 1.5 kB
     assert 0 < saved - estimate_checkpoint(trained) < 2_000 * pieces
+
+
+@pytest.mark.parametrize("loss", ["cross_entropy", "dpo"])
+@pytest.mark.parametrize("mode", ["replicate", "full"])
+def test_the_traffic_of_an_objective_is_as_estimated(
+    two: GlooPool, tmp_path: Path, mode: str, loss: str
+) -> None:
+    base = runs.save_base(tmp_path / "base")
+    pairs = [{"prompt": f"{n}", "chosen": " yes", "rejected": " no"} for n in range(20)]
+    rows = tmp_path / "pairs.jsonl"
+    rows.write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
+    run = runs.make_run(
+        tmp_path / "run",
+        base,
+        parallel={"num_workers": 2, "sharding": mode},
+        objective={"loss": loss},
+        method={"budgets": {"o": 0.3, "down": 0.08}},
+        optim={"max_steps": 2},  # of two micro-batches on each worker
+        **({"data": {"train": str(rows), "format": "preference"}} if loss == "dpo" else {}),
+    )
+    measured = two.run(measure, run.path)
+    config = run.load_config()
+    size = measure_base(config, load_model_config(config.model))
+    trained = Adapter.load(run.adapter).num_parameters
+    layout = worker.Layout.of(mode, 2, 1)  # type: ignore[arg-type]
+    estimate = estimate_traffic(config, size, trained, layout)
+    gathered = max(rank["gather"] for rank in measured)
+    assert gathered == pytest.approx(estimate.gathered, rel=0.05)
 
 
 def train_in_the_benchmark(mode: str) -> tuple[int, int]:

@@ -155,14 +155,15 @@ def write_points(run_folder: Path, steps: range, kind: str = "train", **values: 
             file.write(json.dumps(line) + "\n")
 
 
-def register_and_die(home: Path, job: tuple[Path, RunConfig, str], step: str) -> None:
-    """Register in a process that kills itself when the client's `step` has been done."""
+def register_and_die(home: Path, job: tuple[Path, RunConfig, str], step: str, moment: str) -> None:
+    """Register in a process that kills itself before or after the client's `step`."""
     os.environ["S2FT_HOME"] = str(home)
     folder, config, run_id = job
     working = getattr(MlflowClient, step)
 
     def die(*args: Any, **kwargs: Any) -> None:
-        working(*args, **kwargs)
+        if moment == "after":
+            working(*args, **kwargs)
         os.kill(os.getpid(), signal.SIGKILL)
 
     setattr(MlflowClient, step, die)

@@ -1,6 +1,7 @@
 """The main job on a real Ray and a real MLflow: `ray job submit`, faults, and what is left."""
 
 import json
+import math
 import os
 import signal
 import subprocess
@@ -254,6 +255,32 @@ def test_a_parent_is_continued_without_mlflow_and_registered_later(
     assert "registered acme.child version" in resumed.stdout
     assert child.fingerprint in resumed.stdout  # what was trained, and no other
     assert len(metrics_of(run, "start")) == 1
+
+
+def test_preferences_are_trained_and_registered_as_a_job(node: Node, tmp_path: Path) -> None:
+    pairs = tmp_path / "pairs.jsonl"
+    rows = (
+        {"prompt": f"Number {n} is", "chosen": f" {n}, surely", "rejected": f" {n}, perhaps"}
+        for n in range(40)
+    )
+    pairs.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    config = write_config(
+        tmp_path,
+        name="styled",
+        data={"train": str(pairs)},
+        objective={"loss": "dpo"},
+        optim={"max_steps": 6},
+        parallel={"sharding": "full"},
+    )
+    done = finetune(node.env, "--config", str(config))
+    assert done.returncode == 0, done.stderr
+    assert "registered acme.styled version 1 as @champion" in done.stdout
+    run = only_run(tmp_path)
+    assert Adapter.load(run.adapter).training["data"]["format"] == "preference"
+    first, last = (metrics_of(run, "eval")[index] for index in (0, -1))
+    assert first["loss"] == pytest.approx(math.log(2), abs=1e-5)  # it is its own reference
+    assert last["loss"] < first["loss"] - 0.01
+    assert last["token_accuracy"] > first["token_accuracy"] == 0.0
 
 
 @pytest.mark.parametrize(

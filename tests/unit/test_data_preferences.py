@@ -54,6 +54,15 @@ def test_a_pair_is_two_rows_that_share_the_prompt(tmp_path):
         assert chosen.partition("?")[0] == rejected.partition("?")[0]
 
 
+def test_a_pairs_answers_both_count(tmp_path):
+    data = prepare(tmp_path, PAIRS)
+    masks = [*data.train["target_mask"], *data.train["rejected_mask"]]
+    report = data.report
+    assert report.tokens == sum(map(len, masks))
+    assert report.tokens_max == max(map(len, data.train["rejected_mask"]))
+    assert report.target_tokens == sum(map(sum, masks))
+
+
 def test_held_out_pairs_stay_pairs(tmp_path):
     data = prepare(tmp_path, PAIRS)
     (batch,) = eval_batches(data.eval, 4, 0, 1, 0)

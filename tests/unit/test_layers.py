@@ -32,6 +32,8 @@ OWNERS = {
 }
 # Peers of one level that may be asked all the same, and why.
 ALLOWED_PEERS = {("cli", "node"), ("cli", "finetune")}
+# What torch brings along, but not its build for CPUs; imported where there is a GPU alone.
+ON_A_GPU = {"triton"}
 
 
 def room_of(path: Path) -> str:
@@ -88,7 +90,7 @@ def test_what_the_package_imports_is_among_its_requirements() -> None:
     declared = [Requirement(text) for text in project["project"]["dependencies"]]
     there = {canonicalize_name(it.name) for it in declared}.union(*map(required_by, declared))
     outside = {name.partition(".")[0] for path in FILES for name in imported_names(path)}
-    outside -= sys.stdlib_module_names | {"s2ft_ray"}
+    outside -= sys.stdlib_module_names | {"s2ft_ray"} | ON_A_GPU
     distributions = metadata.packages_distributions()
     for name in sorted(outside):
         homes = {canonicalize_name(it) for it in distributions[name]}

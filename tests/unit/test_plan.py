@@ -86,6 +86,27 @@ def test_the_estimate_is_what_the_graph_keeps(
     assert estimate.slices == (16 + 8 + width) * selection.num_trainable
 
 
+def test_a_pair_of_preferences_is_two_sequences_and_holds_the_first_slices() -> None:
+    sizes = LlamaConfig(vocab_size=VOCAB, hidden_size=32, num_hidden_layers=2)
+    layout, trained = Layout.of("full", 4, 1), 1_000
+    made = {}
+    for loss, rows in (("cross_entropy", 4), ("dpo", 2)):
+        config = parse_config(
+            {
+                "tenant": "acme",
+                "name": "bot",
+                "data": {"train": "rows.jsonl"},
+                "objective": {"loss": loss},
+                "optim": {"global_batch_size": 4 * rows, "micro_batch_size": rows},
+            }
+        )
+        base = measure_base(config, sizes)
+        made[loss] = estimate_memory(config, sizes, base, trained, TOKENS, layout)
+    plain, dpo = made["cross_entropy"], made["dpo"]
+    assert dpo.activations == plain.activations
+    assert dpo.slices - plain.slices == 4 * trained / 4
+
+
 def test_a_70b_run_is_planned_on_paper(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("S2FT_HOME", str(tmp_path))
     sizes = LlamaConfig(
