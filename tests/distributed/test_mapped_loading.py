@@ -13,6 +13,7 @@ import pytest
 import runs
 import torch
 from gloo import GlooPool
+from mapped_bases import is_mapped, save_in_files
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from transformers import (
@@ -23,13 +24,11 @@ from transformers import (
     GPTNeoXConfig,
     LlamaConfig,
     MixtralConfig,
-    PreTrainedModel,
     Qwen2Config,
 )
 
 from s2ft_ray.bases import load_base_model
 from s2ft_ray.config import ModelConfig, S2FTConfig
-from s2ft_ray.errors import ConfigError
 from s2ft_ray.method import Adapter, convert, slice_layers
 from s2ft_ray.training.parallel import Layout, Workers, shard_model
 
@@ -48,16 +47,6 @@ WIDE = {
 def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("S2FT_HOME", str(tmp_path / "home"))
     return tmp_path / "home"
-
-
-def save_in_files(folder: Path, size: str, **config: Any) -> Path:
-    """Save a base as several files, its embeddings tied."""
-    runs.save_base(folder, tie_word_embeddings=True, **config)
-    model = AutoModelForCausalLM.from_pretrained(folder)
-    (folder / "model.safetensors").unlink()
-    model.save_pretrained(folder, max_shard_size=size)
-    assert len(list(folder.glob("model-*.safetensors"))) >= 3
-    return folder
 
 
 def anonymous_mib() -> float:
@@ -242,19 +231,6 @@ def rewritten(home: Path) -> list[Path]:
     return sorted(home.glob("cache/bases/*/*.safetensors"))
 
 
-def is_mapped(model: torch.nn.Module) -> bool:
-    """Say whether most of a model's bytes lie in mapped files."""
-    files = [
-        it.split()[0]
-        for it in Path("/proc/self/maps").read_text().splitlines()
-        if it.endswith(".safetensors")
-    ]
-    spans = [tuple(int(end, 16) for end in it.split("-")) for it in files]
-    parameters = list(model.parameters())
-    inside = [p for p in parameters if any(low <= p.data_ptr() < high for low, high in spans)]
-    return sum(p.numel() for p in inside) > 0.9 * sum(p.numel() for p in parameters)
-
-
 @pytest.mark.parametrize(
     ("files", "dtype"),
     [
@@ -400,82 +376,3 @@ def test_training_leaves_the_files_alone_and_gives_the_same_adapter(
         made.append(Adapter.load(run.adapter).fingerprint)
     assert made[0] == made[1]
     assert {path: path.read_bytes() for path in base.iterdir()} == files
-
-
-def save_renamed(folder: Path, dtype: torch.dtype = torch.float32) -> Path:
-    """Save a base whose files have other names than the model: each expert's matrices apart."""
-    sizes = {"num_local_experts": 4, "num_hidden_layers": 2}
-    return runs.save_base(folder, dtype, kind=MixtralConfig, **sizes)
-
-
-@pytest.mark.parametrize("save", [runs.save_base, save_renamed])
-@pytest.mark.parametrize("strictly", [False, True])
-def test_modules_that_stay_in_fp32_do(
-    save: Callable[..., Path], strictly: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    name = "_keep_in_fp32_modules_strict" if strictly else "_keep_in_fp32_modules"
-    monkeypatch.setattr(PreTrainedModel, name, {"input_layernorm"})
-    base = save(tmp_path / "base", torch.float16)
-    dtype = "bfloat16" if strictly else "float16"
-    config = ModelConfig(name_or_path=str(base), dtype=dtype)
-    plain, mapped = load_base_model(config), load_base_model(config, mapped=True)
-    state, values = plain.state_dict(), mapped.state_dict()
-    assert {name: it.dtype for name, it in values.items()} == {
-        n: it.dtype for n, it in state.items()
-    }
-    assert all(torch.equal(value, state[name]) for name, value in values.items())
-    assert mapped.model.layers[0].input_layernorm.weight.dtype == torch.float32
-    assert mapped.model.layers[0].self_attn.o_proj.weight.dtype == getattr(torch, dtype)
-    assert is_mapped(mapped)
-
-
-def no_room_for_two(monkeypatch: pytest.MonkeyPatch) -> str:
-    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=200_000))
-    return "GiB free for"
-
-
-def filled_by_the_parameters(monkeypatch: pytest.MonkeyPatch) -> str:
-    def save(*_: Any) -> None:
-        raise SafetensorError("I/O error: No space left on device (os error 28)")
-
-    monkeypatch.setattr("transformers.integrations.accelerate.save_file", save)
-    return "No space left on device"
-
-
-@pytest.mark.parametrize("lack", [no_room_for_two, filled_by_the_parameters])
-def test_nor_do_other_names_need_room(
-    lack: Callable[[pytest.MonkeyPatch], str],
-    tmp_path: Path,
-    home: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    caplog: pytest.LogCaptureFixture,
-) -> None:
-    base = save_renamed(tmp_path / "base")
-    told = lack(monkeypatch)
-    model = load_base_model(ModelConfig(name_or_path=str(base)), mapped=True)
-    assert not is_mapped(model)
-    assert told in caplog.text
-    assert not list(home.glob("cache/bases/.*.partial"))
-
-
-def test_a_fault_of_files_with_other_names_is_told_once(tmp_path: Path) -> None:
-    base = save_renamed(tmp_path / "base")
-    tensors = load_file(base / "model.safetensors")
-    del tensors["model.layers.1.self_attn.o_proj.weight"]
-    save_file(tensors, base / "model.safetensors", {"format": "pt"})
-    with pytest.raises(ConfigError, match="lacks 1 weights of its architecture") as caught:
-        load_base_model(ModelConfig(name_or_path=str(base)), mapped=True)
-    assert str(caught.value).count("model.name_or_path") == 1
-
-
-def test_what_a_killed_worker_left_is_removed_after_a_day(tmp_path: Path, home: Path) -> None:
-    left = home / "cache" / "bases" / ".gone.1234.partial"
-    fresh = home / "cache" / "bases" / ".other.5678.partial"
-    for folder, age_s in ((left, 90_000.0), (fresh, 3600.0)):
-        folder.mkdir(parents=True)
-        (folder / "0.safetensors").write_text("half")
-        os.utime(folder, (time.time() - age_s,) * 2)
-    base = save_in_files(tmp_path / "base", "15KB")
-    load_base_model(ModelConfig(name_or_path=str(base), dtype="bfloat16"), mapped=True)
-    assert not left.exists()
-    assert fresh.exists()
