@@ -1,11 +1,14 @@
 """Serve's handles as the ingress and the watcher use them: glue.
 
 Invariant: a call that is left (its client went away, its time is up) is cancelled in the replica.
+Requests go to a base by gRPC: by Ray's objects, a handle's default in the process that binds it, a
+streamed token costs twice as much.
 """
 
 from collections.abc import AsyncGenerator
 from typing import Any, cast
 
+from grpc import RpcError
 from ray.exceptions import RayActorError
 from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
 from ray.serve.handle import DeploymentHandle, DeploymentResponse
@@ -28,14 +31,15 @@ class BaseHandle:
 
     def __init__(self, handle: DeploymentHandle) -> None:
         self._handle = handle
-        self._streams = handle.options(stream=True)
+        self._whole = handle.options(_by_reference=False)
+        self._streams = self._whole.options(stream=True, response_serialization="pickle")
 
     async def whole(self, served: ServedRequest) -> str | ApiError:
         """Answer in one body. Raises ReplicaLostError, ApiError where the queue is full."""
-        response = self._handle.whole.remote(served)
+        response = self._whole.whole.remote(served)
         try:
             return cast(str | ApiError, await response)
-        except RayActorError as error:
+        except (RayActorError, RpcError) as error:
             raise ReplicaLostError(_first_line(error)) from error
         except (BackPressureError, DeploymentUnavailableError) as error:
             raise _full(error) from error
@@ -48,7 +52,7 @@ class BaseHandle:
         try:
             async for item in response:
                 yield item
-        except RayActorError as error:
+        except (RayActorError, RpcError) as error:
             raise ReplicaLostError(_first_line(error)) from error
         except (BackPressureError, DeploymentUnavailableError) as error:
             raise _full(error) from error

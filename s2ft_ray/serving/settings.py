@@ -13,8 +13,10 @@ from s2ft_ray.config import ModelConfig, Section
 SERVE_ENV = {
     # A proxy that died is replaced once it has failed three checks: after half a minute by default.
     "RAY_SERVE_PROXY_HEALTH_CHECK_PERIOD_S": "1",
-    # A streamed token goes from replica to ingress to proxy, by Ray's objects at twice the cost.
+    # A streamed token goes from ingress to proxy, by Ray's objects at twice the cost.
     "RAY_SERVE_USE_GRPC_BY_DEFAULT": "1",
+    # The longest prompts and scored answers are above gRPC's 4 MiB; the ingress has its own limits.
+    "RAY_SERVE_REPLICA_GRPC_MAX_MESSAGE_LENGTH": str(2**30),
 }
 """What Ray's own processes need in their environment; the image sets the same."""
 

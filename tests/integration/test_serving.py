@@ -123,6 +123,20 @@ def test_logprobs_of_an_echoed_prompt_are_those_of_the_answer(service: Service) 
     assert all(value is None or value <= 0 for value in again.token_logprobs or [])
 
 
+def test_long_prompts_and_long_answers_come_through(service: Service) -> None:
+    grpc_default = 4 * 2**20
+    client = service.client()
+    with pytest.raises(openai.BadRequestError, match="tokens"):
+        client.completions.create(model=BASE, prompt="word " * (grpc_default // 4), max_tokens=1)
+    prompts = [[random.Random(number).randrange(10, 200) for _ in range(500)] for number in range(64)]
+    answer = client.with_raw_response.completions.create(
+        model=BASE, prompt=prompts, max_tokens=0, echo=True, logprobs=5
+    )
+    assert len(answer.content) > grpc_default
+    logprobs = [choice.logprobs for choice in answer.parse().choices]
+    assert [len(each.tokens or ()) for each in logprobs if each] == [500] * 64
+
+
 def test_a_stop_text_cuts_the_answer(service: Service) -> None:
     text = service.expected("initech.served:1", PROMPTS[1])
     stop = text[2:5]
