@@ -24,7 +24,7 @@ from benchmarks.stopwatch import CLOCKS, Clock, Series, num_copies, series_lengt
 from s2ft_ray.config import S2FTConfig
 from s2ft_ray.method import Adapter, AdapterSlice, BaseInfo
 from s2ft_ray.serving.batched_layers import BatchedLayers
-from s2ft_ray.serving.device_slots import DeviceSlots, Slot, SlotPart
+from s2ft_ray.serving.device_slots import DeviceSlots, Layout, Slot, SlotPart
 from s2ft_ray.serving.engine_stats import AdapterEvents
 from s2ft_ray.serving.requests import AdapterKey
 from s2ft_ray.serving.routing import Routing
@@ -102,13 +102,14 @@ class _Layer:
         """Return the hook of the engine's own layers, with an adapter for each range of a pool."""
         model = nn.Module()
         model.layer = self._plain()
+        layout = Layout({"layer": SlotPart(side, 0, NUM_ROWS)})
         slots = []
         for number in range(self.count):
             start = number * NUM_ROWS
             places = torch.randperm(self.width)[:NUM_ROWS].sort().values
             pool.places[start : start + NUM_ROWS] = places
-            key, part = AdapterKey("a", str(number), ""), SlotPart(side, start, NUM_ROWS)
-            slots.append(Slot(key, start, NUM_ROWS, {"layer": part}, since=0, last_used=0))
+            key = AdapterKey("a", str(number), "")
+            slots.append(Slot(key, start, NUM_ROWS, layout, since=0, last_used=0))
         layers = BatchedLayers(model, pool)
         empty = AdapterSlice(side, torch.zeros(1).int(), torch.zeros(1, self.width))
         adapter = Adapter({"layer": empty}, BaseInfo(None, None, ""), S2FTConfig())

@@ -12,6 +12,7 @@ Dimensions: R rows of the pool, D hidden size, K selected of a module.
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
+from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor
@@ -25,11 +26,18 @@ from s2ft_ray.serving.requests import AdapterKey
 
 @dataclass(frozen=True, slots=True)
 class SlotPart:
-    """A module's rows of the pool."""
+    """A module's rows: among those of its adapter, or in the pool."""
 
     side: Side
     start: int
     count: int
+
+
+@dataclass(eq=False, frozen=True, slots=True, weakref_slot=True)
+class Layout:
+    """Where the modules of an adapter lie among its rows. Adapters that are alike share one."""
+
+    parts: dict[str, SlotPart]
 
 
 @dataclass(eq=False, slots=True)
@@ -39,7 +47,7 @@ class Slot:
     key: AdapterKey
     start: int
     length: int
-    parts: dict[str, SlotPart]
+    layout: Layout
     since: float
     last_used: float
     num_users: int = 0
@@ -69,6 +77,8 @@ class DeviceSlots:
         """[R]: the column or row of its module's weight that each row changes."""
         self._row_bytes = row_bytes
         self._slots: dict[AdapterKey, Slot] = {}
+        self._layouts: WeakValueDictionary[tuple[tuple[str, SlotPart], ...], Layout]
+        self._layouts = WeakValueDictionary()
         self._events = events
 
     @property
@@ -138,20 +148,16 @@ class DeviceSlots:
                 self._events.add(slot.key, "eviction")
         if start is None:
             return None
-        parts, at = {}, start
-        for name, part in adapter.slices.items():
-            parts[name] = SlotPart(part.side, at, part.count)
-            at += part.count
         now = time.monotonic()
-        slot = Slot(key, start, needed, parts, since=now, last_used=now)
+        slot = Slot(key, start, needed, self._layout_of(adapter), since=now, last_used=now)
         self._slots[key] = slot
         return slot
 
     def copy_in(self, slot: Slot, adapter: Adapter) -> None:
         """Fill the slot's rows."""
         for name, part in adapter.slices.items():
-            place = slot.parts[name]
-            rows = slice(place.start, place.start + place.count)
+            place = slot.layout.parts[name]
+            rows = slice(slot.start + place.start, slot.start + place.start + place.count)
             delta: Tensor = part.delta.T if part.side == "in" else part.delta
             self.rows[rows].copy_(delta)
             self.places[rows].copy_(part.indices)
@@ -162,6 +168,13 @@ class DeviceSlots:
         """Give the rows of a slot that nobody uses back."""
         assert not slot.num_users, f"{slot.key} is in use"
         self._slots.pop(slot.key, None)
+
+    def _layout_of(self, adapter: Adapter) -> Layout:
+        parts, at = {}, 0
+        for name, part in adapter.slices.items():
+            parts[name] = SlotPart(part.side, at, part.count)
+            at += part.count
+        return self._layouts.setdefault(tuple(parts.items()), Layout(parts))
 
     def _find_gap(self, needed: int) -> int | None:
         at = 0

@@ -5,7 +5,8 @@ are multiplied with a slice of the pool. Single tokens (decoding) of all adapter
 the input side through one weighted sum of pool rows, on the output side through one dot product
 with each pool row, and where adapters that lie evenly in the pool have enough tokens, through one
 batched product. On a GPU a kernel of our own finds the rows of single tokens by itself. While the
-same requests decode, the last plans hold.
+same requests decode, the last plans hold; for another batch one plan is made for all modules whose
+rows lie alike in the adapters, and moved to each.
 
 Dimensions: T tokens of the batch, D out, F in, S selected entries over the single tokens;
 G adapters of one product, M tokens of each, K selected of each.
@@ -13,7 +14,7 @@ G adapters of one product, M tokens of each, K selected of each.
 
 from collections import defaultdict
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -127,6 +128,14 @@ class Block:
     entries: Tensor
     """int64 [G * M * K]: places in the flattened input [T * F] or, on that side, output [T * D]."""
 
+    def moved(self, by: int, places: Tensor) -> "Block":
+        """Return the block of a module whose rows lie `by` rows behind: see `ModulePlan.moved`."""
+        groups, num_tokens, count = self.shape
+        start = self.start + by
+        own = places.as_strided((groups, 1, count), (self.stride, count, 1), start)
+        entries = self.entries.view(groups, num_tokens, 1) + own
+        return replace(self, start=start, entries=entries.flatten())
+
 
 @dataclass(frozen=True, slots=True)
 class ModulePlan:
@@ -143,6 +152,27 @@ class ModulePlan:
     blocks: tuple[Block, ...]
     """Tokens of which an adapter has several."""
 
+    def moved(self, by: int, places: Tensor) -> "ModulePlan":
+        """Return the plan of a module whose rows lie `by` rows behind.
+
+        This one's `inputs`, `outputs` and `entries` are where the tokens begin; `places` [R], of
+        the pool's rows, are added to them.
+        """
+        spans = tuple(
+            Span(it.start, it.stop, replace(it.part, start=it.part.start + by)) for it in self.spans
+        )
+        gather, dots = self.gather, self.dots
+        if gather is not None:
+            rows = gather.rows + by
+            inputs = places.index_select(0, rows).add_(gather.inputs)
+            gather = Gather(gather.tokens, inputs, rows, gather.bounds)
+        if dots is not None:
+            rows = dots.rows + by
+            dots = Dots(dots.tokens, rows, places.index_select(0, rows).add_(dots.outputs))
+        ranges = tuple(replace(it, starts=it.starts + by) for it in self.ranges)
+        blocks = tuple(it.moved(by, places) for it in self.blocks)
+        return ModulePlan(spans, gather, dots, ranges, blocks)
+
 
 class Routing:
     """The batch's tokens by slot. Built once a composition, asked by every layer."""
@@ -152,6 +182,8 @@ class Routing:
         self._ranges = ranges
         self._slots = slots
         self._limits = _limits(slots.rows)
+        self._layouts = list(dict.fromkeys(slot.layout for slot, _, _ in ranges))
+        self._alike: dict[tuple[int, int, tuple[SlotPart | None, ...]], ModulePlan] = {}
         self._plans: dict[str, ModulePlan | None] = {}
 
     def plan(self, module: str, in_features: int, out_features: int) -> ModulePlan | None:
@@ -161,18 +193,32 @@ class Routing:
         return self._plans[module]
 
     def _build(self, module: str, in_features: int, out_features: int) -> ModulePlan | None:
+        parts = [layout.parts.get(module) for layout in self._layouts]
+        first = min((part.start for part in parts if part is not None), default=None)
+        if first is None:
+            return None
+        behind = tuple(part and replace(part, start=part.start - first) for part in parts)
+        alike = (in_features, out_features, behind)
+        if alike not in self._alike:
+            self._alike[alike] = self._build_alike(*alike)
+        return self._alike[alike].moved(first, self._slots.places)
+
+    def _build_alike(
+        self, in_features: int, out_features: int, parts: Sequence[SlotPart | None]
+    ) -> ModulePlan:
+        """Build the plan of a module from its part of each layout, without the places."""
         spans: list[Span] = []
         of_part: dict[SlotPart, list[int]] = defaultdict(list)
+        part_of = dict(zip(self._layouts, parts, strict=True))
         for slot, start, stop in self._ranges:
-            part = slot.parts.get(module)
-            if part is None:
+            own_part = part_of[slot.layout]
+            if own_part is None:
                 continue
+            part = replace(own_part, start=slot.start + own_part.start)
             if stop - start >= self._limits.long and self._fewest(part.side) < _NEVER:
                 spans.append(Span(start, stop, part))
             else:
                 of_part[part] += range(start, stop)
-        if not (spans or of_part):
-            return None
         gather, dots, ranges, blocks = None, None, list[PoolRanges](), list[Block]()
         sides: tuple[tuple[Side, int], ...] = (("in", in_features), ("out", out_features))
         for side, width in sides:
@@ -197,24 +243,18 @@ class Routing:
         stride = parts[1].start - start if len(parts) > 1 else count
         shape = (len(parts), len(lists[0]), count)
         (tokens,) = self._send(np.array(lists).ravel())
-        places = self._slots.places.as_strided((len(parts), count), (stride, 1), start)
-        entries = tokens.view(shape[:2])[:, :, None] * width + places[:, None, :]
-        return Block(parts[0].side, start, stride, shape, tokens, entries.flatten())
+        return Block(parts[0].side, start, stride, shape, tokens, entries=tokens * width)
 
     def _gather(self, singles: "_Singles", in_features: int) -> Gather:
         tokens, rows, counts = _rows_of(sorted(singles, key=lambda single: single[0]))
         bounds = np.concatenate(([0], counts.cumsum()))
         inputs = np.repeat(tokens * in_features, counts)
-        sent = self._send(tokens, inputs, rows, bounds)
-        sent[1].add_(self._slots.places.index_select(0, sent[2]))
-        return Gather(*sent)
+        return Gather(*self._send(tokens, inputs, rows, bounds))
 
     def _dots(self, singles: "_Singles", out_features: int) -> Dots:
         tokens, rows, counts = _rows_of(singles)
         of_rows = np.repeat(tokens, counts)
-        sent = self._send(of_rows, rows, of_rows * out_features)
-        sent[2].add_(self._slots.places.index_select(0, sent[1]))
-        return Dots(*sent)
+        return Dots(*self._send(of_rows, rows, of_rows * out_features))
 
     def _pool_ranges(self, side: Side, singles: "_Singles") -> PoolRanges:
         sizes = [part.count for _, part in singles]

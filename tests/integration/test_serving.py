@@ -128,7 +128,9 @@ def test_long_prompts_and_long_answers_come_through(service: Service) -> None:
     client = service.client()
     with pytest.raises(openai.BadRequestError, match="tokens"):
         client.completions.create(model=BASE, prompt="word " * (grpc_default // 4), max_tokens=1)
-    prompts = [[random.Random(number).randrange(10, 200) for _ in range(500)] for number in range(64)]
+    prompts = [
+        [random.Random(number).randrange(10, 200) for _ in range(500)] for number in range(64)
+    ]
     answer = client.with_raw_response.completions.create(
         model=BASE, prompt=prompts, max_tokens=0, echo=True, logprobs=5
     )

@@ -1,6 +1,5 @@
 from collections.abc import Iterator
 from dataclasses import replace
-from typing import Any
 
 import pytest
 import torch
@@ -24,24 +23,29 @@ TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 0.15}
 
 
 class Model(nn.Module):
-    """`out`'s rows and `back`'s columns are what adapters change."""
+    """`out`'s rows and `back`'s columns are what adapters change, and those of the second ones."""
 
     def __init__(self, dtype: torch.dtype) -> None:
         super().__init__()
         self.out = nn.Linear(WIDTH, INNER, bias=False, dtype=dtype)
         self.back = nn.Linear(INNER, WIDTH, bias=False, dtype=dtype)
+        self.out2 = nn.Linear(WIDTH, INNER, bias=False, dtype=dtype)
+        self.back2 = nn.Linear(INNER, WIDTH, bias=False, dtype=dtype)
 
 
-def make_adapter(draw: torch.Generator, num_out: int, num_in: int) -> Adapter:
+def make_adapter(
+    draw: torch.Generator, num_out: int, num_in: int, has_second: bool = True
+) -> Adapter:
     slices = {}
-    if num_out:
-        rows = torch.randperm(INNER, generator=draw)[:num_out].sort().values.int()
-        delta = torch.randn(num_out, WIDTH, generator=draw)
-        slices["out"] = AdapterSlice("out", rows, delta, size=INNER)
-    if num_in:
-        columns = torch.randperm(INNER, generator=draw)[:num_in].sort().values.int()
-        delta = torch.randn(WIDTH, num_in, generator=draw)
-        slices["back"] = AdapterSlice("in", columns, delta, size=INNER)
+    for second in ("", "2") if has_second else ("",):
+        if num_out:
+            rows = torch.randperm(INNER, generator=draw)[:num_out].sort().values.int()
+            delta = torch.randn(num_out, WIDTH, generator=draw)
+            slices[f"out{second}"] = AdapterSlice("out", rows, delta, size=INNER)
+        if num_in:
+            columns = torch.randperm(INNER, generator=draw)[:num_in].sort().values.int()
+            delta = torch.randn(WIDTH, num_in, generator=draw)
+            slices[f"back{second}"] = AdapterSlice("in", columns, delta, size=INNER)
     return Adapter(slices, BaseInfo(None, None, "b"), S2FTConfig())
 
 
@@ -103,7 +107,7 @@ class Kernels:
             yield token, slice(start, start + count)
 
 
-sizes = st.tuples(st.sampled_from([0, 1, 3, 3, 7]), st.sampled_from([0, 1, 4, 4, 9]))
+sizes = st.tuples(st.sampled_from([0, 1, 3, 3, 7]), st.sampled_from([0, 1, 4, 4, 9]), st.booleans())
 requests = st.tuples(st.integers(-1, NUM_ADAPTERS - 1), st.sampled_from([1, 1, 1, 1, 2, 5, 8, 11]))
 
 
@@ -118,7 +122,7 @@ requests = st.tuples(st.integers(-1, NUM_ADAPTERS - 1), st.sampled_from([1, 1, 1
 def test_any_mix_of_tokens_gets_what_each_adapter_alone_gives(
     dtype: torch.dtype,
     capability: str,
-    of: list[tuple[int, int]],
+    of: list[tuple[int, int, bool]],
     mix: list[tuple[int, int]],
     seed: int,
 ) -> None:
@@ -136,15 +140,32 @@ def test_any_mix_of_tokens_gets_what_each_adapter_alone_gives(
             ranges.append((placed[number], at, at + num_tokens))
         at += num_tokens
     whole = [(adapters[number] if number >= 0 else None, num) for number, num in mix]
-    inputs: dict[str, Any] = {"out": torch.randn(at, WIDTH), "back": torch.randn(at, INNER)}
     layers.routing = route(ranges, slots, capability)
     with torch.no_grad():
         for name, module in model.named_children():
-            x = inputs[name].to(dtype)
+            x = torch.randn(at, module.in_features).to(dtype)
             for _ in range(2):  # the second pass follows the plan of the first
                 served = module(x[None])[0].float()
                 wanted = expected(module, name, x, whole)
                 torch.testing.assert_close(served, wanted, atol=TOLERANCE[dtype], rtol=0.02)
+
+
+def test_modules_that_lie_alike_in_the_adapters_share_a_plan() -> None:
+    draw = torch.Generator().manual_seed(0)
+    slots = DeviceSlots(WIDTH, torch.float32, torch.device("cpu"), 2**14, AdapterEvents())
+    layers = BatchedLayers(Model(torch.float32), slots)
+    placed = [place(slots, layers, make_adapter(draw, 3, 4), i) for i in range(3)]
+    assert len({id(slot.layout) for slot in placed}) == 1
+    routing = Routing([(slot, i, i + 1) for i, slot in enumerate(placed)], slots)
+    built = []
+    with pytest.MonkeyPatch.context() as patch:
+        build = routing._build_alike
+        patch.setattr(routing, "_build_alike", lambda *of: built.append(of) or build(*of))
+        for name in ("back", "back2"):
+            assert routing.plan(name, INNER, WIDTH) is not None
+        assert len(built) == 1
+        routing.plan("out2", WIDTH, INNER)
+    assert len(built) == 2
 
 
 def test_single_tokens_of_many_alike_adapters_are_one_product_where_that_is_faster() -> None:
