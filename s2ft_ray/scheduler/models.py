@@ -81,7 +81,8 @@ _RETRIES: Mapping[FailureReason, tuple[int, float]] = {
     FailureReason.REGISTRY: (20, 15.0),
     FailureReason.ERROR: (1, 10.0),
 }
-_LONGEST_PAUSE_S = 600.0
+LONGEST_PAUSE_S = 600.0
+"""No attempt waits longer for the next one."""
 
 
 def retry_delay_s(reason: FailureReason, num_alike: int) -> float | None:
@@ -93,7 +94,7 @@ def retry_delay_s(reason: FailureReason, num_alike: int) -> float | None:
     most, pause_s = _RETRIES.get(reason, (0, 0.0))
     if num_alike > most:
         return None
-    return min(pause_s * 2.0 ** (num_alike - 1), _LONGEST_PAUSE_S)
+    return min(pause_s * 2.0 ** (num_alike - 1), LONGEST_PAUSE_S)
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,6 +126,9 @@ class Progress:
     total_steps: int
     loss: float | None = None
     time_left_s: float | None = None
+    rows: int = 0
+    """Gone through by this attempt."""
+    tokens: int = 0
 
 
 @dataclass(frozen=True, slots=True)

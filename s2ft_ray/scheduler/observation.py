@@ -3,7 +3,7 @@
 from collections.abc import Callable, Sequence
 from typing import cast
 
-from s2ft_ray.scheduler.models import Job, State
+from s2ft_ray.scheduler.models import LONGEST_PAUSE_S, Job, State
 from s2ft_ray.scheduler.policy import Measurement, expected_duration_s
 from s2ft_ray.scheduler.views import JobView
 from s2ft_ray.scheduler.views import State as LiveState
@@ -44,14 +44,21 @@ def build_view(job: Job, now: float, durations: Estimate) -> JobView:
         submitted_at=job.created_at,
         priority=job.priority,
         time_left_s=_time_left_s(job, now, durations),
-        not_before=job.not_before,
+        not_before=_not_before(job, now),
         num_preemptions=job.num_preemptions,
+        attempt=job.attempt,
         num_workers=job.num_workers,
         next_workers=job.next_workers,
         started_at=job.admitted_at,
         placement=job.placement,
         progress_lost_s=max(now - saved_at, 0.0) if holds else 0.0,
     )
+
+
+def _not_before(job: Job, now: float) -> float | None:
+    """When its pause ends; one that is longer than any pause is of a clock that was put back."""
+    at = job.not_before
+    return None if at is None or at - now > LONGEST_PAUSE_S else at
 
 
 def _time_left_s(job: Job, now: float, durations: Estimate) -> float | None:

@@ -28,6 +28,7 @@ from s2ft_ray.scheduler.answers import event_answer, job_answer, usage_answer
 from s2ft_ray.scheduler.cluster import Cluster
 from s2ft_ray.scheduler.intake import build_submission, check_priority, default_key, read_config
 from s2ft_ray.scheduler.launcher import Launcher, submission_id_of
+from s2ft_ray.scheduler.liveness import Liveness
 from s2ft_ray.scheduler.models import HOLDING, LIVE, FailureReason, Job, Progress, State, StopCause
 from s2ft_ray.scheduler.observation import Durations, build_view
 from s2ft_ray.scheduler.policy import decide, expected_starts
@@ -51,6 +52,7 @@ class Scheduler:
         launcher: Launcher,
         clock: Callable[[], float] = time.time,
         settings: QueueSettings | None = None,
+        steady: Callable[[], float] = time.monotonic,
     ) -> None:
         self._store, self._accounts = store, accounts
         self._cluster, self._launcher = cluster, launcher
@@ -59,14 +61,12 @@ class Scheduler:
         self._lock = threading.RLock()
         self.wake = threading.Event()
         """Set when there is something to decide before the next tick is due."""
-        self._since = clock()
+        self._liveness = Liveness(steady, self._settings)
         self._jobs: dict[str, Job] | None = None
         self._views: dict[str, tuple[Job, JobView]] = {}
-        self._nodes: Sequence[NodeView] = []
+        self._nodes: Sequence[NodeView] | None = None
         self._waits: Mapping[str, Wait] = {}
         self._starts: Mapping[str, float] = {}
-        self._drivers: dict[str, tuple[str, float]] = {}
-        """By job: the driver that waits for it, and when it asked last."""
         self._launched: set[tuple[str, int]] = set()
         self._usages: Mapping[str, Usage] = store.usages()
         self._durations = Durations(())
@@ -91,35 +91,39 @@ class Scheduler:
         """
         config, now = read_config(document), self._clock()
         tenant = self._accounts.welcome(config.tenant)
+        if self._nodes is None:  # before the first tick
+            self._nodes = self._observe()
         with self._lock:
             key = idempotency_key or default_key(config)
             mine = [job for job in self._live().values() if job.tenant == tenant.name]
-            is_known = any(job.idempotency_key == key for job in mine)
-            num_queued = sum(job.state == State.QUEUED for job in mine)
-            submission = build_submission(
-                config,
-                tenant,
-                0 if is_known else num_queued,
-                self._nodes,
-                idempotency_key=key,
-                num_rows=num_rows,
-                queue_timeout_s=queue_timeout_s,
-                run_timeout_s=run_timeout_s,
-            )
-            new_id = f"job-{secrets.token_hex(5)}"
-            job = self._keep(self._store.submit(submission, now, new_id))
-            may_wait = driver_id is not None and self._may_wait(job.id, now)
+            known = next((job for job in mine if job.idempotency_key == key), None)
+            if known is None:
+                submission = build_submission(
+                    config,
+                    tenant,
+                    sum(job.state == State.QUEUED for job in mine),
+                    self._nodes,
+                    idempotency_key=key,
+                    num_rows=num_rows,
+                    queue_timeout_s=queue_timeout_s,
+                    run_timeout_s=run_timeout_s,
+                )
+                new_id = f"job-{secrets.token_hex(5)}"
+                job = self._keep(self._store.submit(submission, now, new_id))
+            else:
+                job = known
+            may_wait = driver_id is not None and self._liveness.may_wait(job.id)
             if driver_id is not None and may_wait:
-                self._drivers[job.id] = (driver_id, now)
+                self._liveness.wait(job.id, driver_id)
         self.wake.set()
-        return {**self._answer(job), "is_new": job.id == new_id, "may_wait": may_wait}
+        return {**self._answer(job), "is_new": known is None, "may_wait": may_wait}
 
     def poll(self, job_id: str, driver_id: str) -> dict[str, Any]:
         """Tell a driver that waits how its job stands."""
         with self._lock:
             job = self._job(job_id)
             if job.state in (State.QUEUED, State.STARTING):
-                self._drivers[job_id] = (driver_id, self._clock())
+                self._liveness.wait(job_id, driver_id)
             return self._answer(job)
 
     def claim(self, job_id: str, driver_id: str) -> dict[str, Any] | None:
@@ -129,7 +133,8 @@ class Scheduler:
             if job.state != State.STARTING or job.submission_id not in (None, driver_id):
                 return None
             job = self._keep(self._store.claim(job_id, job.attempt, driver_id, self._clock()))
-            self._drivers.pop(job_id, None)
+            self._liveness.stop_waiting(job_id)
+            self._liveness.hear(job_id, job.attempt)
         config = self._store.config(job_id)
         storage = config["checkpoint"]["storage_path"] or str(s2ft_home() / "runs")
         return {
@@ -154,6 +159,7 @@ class Scheduler:
         told = Progress(**progress) if progress else None
         with self._lock:
             job, now = self._current(job_id, attempt), self._clock()
+            self._liveness.hear(job_id, attempt)
             begins = job.state == State.STARTING and told is not None
             if begins or self._is_due(f"beat {job_id}", self._settings.save_s):
                 job = self._store.beat(job_id, attempt, now, told, saved_at)
@@ -235,7 +241,8 @@ class Scheduler:
         lease.set_draining(self._store.engine, on)
         with self._lock:
             for job in list(self._live().values()):
-                if on and stop_running and job.state in (State.STARTING, State.RUNNING):
+                goes_on = job.state in (State.STARTING, State.RUNNING) or job.next_workers
+                if on and stop_running and goes_on:
                     self._stop(job, StopCause.DRAIN)
         self.wake.set()
 
@@ -250,21 +257,25 @@ class Scheduler:
 
     def tick(self) -> None:
         """Observe, decide, apply. Whatever it raises, the next tick goes on from the store."""
-        with self._lock:
-            holding = [job for job in self._live().values() if job.state in HOLDING]
-        nodes = self._cluster.nodes(_held(holding))
+        nodes = self._observe()
         with self._lock:
             now, self._nodes = self._clock(), nodes
             self._end_overdue(now)
             snapshot = self._snapshot(now)
-            plan = decide(snapshot, now)
+        plan = decide(snapshot, now)  # others ask and report meanwhile
+        with self._lock:
             self._waits, self._usages = plan.waits, plan.usages
-            self._apply(plan, now)
+            self._apply(plan, snapshot, now)
             if self._is_due("usages", self._settings.save_s):
                 self._store.save_usages(plan.usages)
         self._look_after_drivers()
         if plan.waits and self._is_due("estimate", self._settings.estimate_s):
             self._starts = expected_starts(snapshot, now)
+
+    def _observe(self) -> Sequence[NodeView]:
+        with self._lock:
+            holding = [job for job in self._live().values() if job.state in HOLDING]
+        return self._cluster.nodes(_held(holding))
 
     def _snapshot(self, now: float) -> Snapshot:
         if self._is_due("measure", self._settings.measure_s):
@@ -283,7 +294,7 @@ class Scheduler:
         ]
         views = [self._view(job, now) for job in self._live().values() if not _is_paused(job)]
         draining = lease.is_draining(self._store.engine)
-        return Snapshot(views, tenants, self._nodes, draining, self._policy)
+        return Snapshot(views, tenants, self._nodes or (), draining, self._policy)
 
     def _view(self, job: Job, now: float) -> JobView:
         if job.state != State.QUEUED:
@@ -293,13 +304,24 @@ class Scheduler:
             known = self._views[job.id] = (job, build_view(job, now, self._durations))
         return known[1]
 
-    def _apply(self, plan: Plan, now: float) -> None:
+    def _apply(self, plan: Plan, snapshot: Snapshot, now: float) -> None:
+        """Do what a plan says of the jobs that are still as it was decided for."""
+        if lease.is_draining(self._store.engine) != snapshot.draining:
+            return
+        decided = {view.id: view for view in snapshot.jobs}
         for it in plan.admissions:
-            self._keep(self._store.admit(it.job_id, it.num_workers, it.placement, now))
+            if self._is_as_decided(it.job_id, decided):
+                job = self._store.admit(it.job_id, it.num_workers, it.placement, now)
+                self._liveness.hear(job.id, job.attempt)
+                self._keep(job)
         for preemption in plan.preemptions:
-            job = self._live()[preemption.job_id]
-            self._stop(job, _STOP_CAUSES[preemption.cause], detail=f"for {preemption.for_job_id}")
+            if self._is_as_decided(preemption.job_id, decided):
+                job = self._live()[preemption.job_id]
+                detail = f"for {preemption.for_job_id}"
+                self._stop(job, _STOP_CAUSES[preemption.cause], detail=detail)
         for resize in plan.resizes:
+            if not self._is_as_decided(resize.job_id, decided):
+                continue
             job = self._live()[resize.job_id]
             grows = resize.num_workers > job.num_workers
             self._stop(
@@ -310,6 +332,14 @@ class Scheduler:
                 placement=resize.placement if grows else None,
             )
 
+    def _is_as_decided(self, job_id: str, decided: Mapping[str, JobView]) -> bool:
+        """Say whether a job may still be dealt with so: it began to run at most meanwhile."""
+        job, view = self._live().get(job_id), decided[job_id]
+        if job is None or job.attempt != view.attempt or _is_paused(job):
+            return False
+        begun = view.state == "starting" and job.state == State.RUNNING
+        return begun or str(job.state) == view.state
+
     def _end_overdue(self, now: float) -> None:
         limited = [
             job.id
@@ -318,8 +348,8 @@ class Scheduler:
         ]
         ran_s = accounting.trained_s(self._store.engine, limited, now) if limited else {}
         for job in list(self._live().values()):
-            waits = job.state == State.QUEUED and job.attempt == 0
-            waited_s = now - job.created_at
+            waits = job.state == State.QUEUED and job.attempt == 0 and not job.held
+            waited_s = now - job.queued_at
             if waits and job.queue_timeout_s is not None and waited_s > job.queue_timeout_s:
                 message = f"waited {waited_s:.0f} s, its limit is {job.queue_timeout_s:.0f} s"
                 reason = FailureReason.QUEUE_DEADLINE
@@ -353,13 +383,14 @@ class Scheduler:
             self._launched.add((job.id, job.attempt))
             return
         assert job.submission_id is not None
-        overdue = job.stop_deadline is not None and now > job.stop_deadline
-        silent_s = now - max(job.heartbeat_at or 0.0, job.admitted_at or 0.0, self._since)
+        overdue = self._liveness.is_overdue(job, now)
+        silent_s = self._liveness.silent_s(job)
         if silent_s < settings.quiet_s and not overdue:
             return
         state = self._launcher.state(job.submission_id)
-        if state == "ended" or (state == "unknown" and silent_s > settings.lost_s):
-            self._give_up(job)
+        is_lost = state == "unknown" and (overdue or silent_s > settings.lost_s)
+        if state == "ended" or is_lost:
+            self._give_up(job)  # one that lives all the same ends itself at its next heartbeat
         elif state == "alive" and (overdue or silent_s > settings.hung_s):
             self._launcher.stop(job.submission_id)
 
@@ -369,8 +400,8 @@ class Scheduler:
             job = self._live().get(job.id, job)
             if job.state == State.PREEMPTING:  # stopped before anybody drove it
                 return self._keep(self._store.stopped(job.id, job.attempt, now))
-            waited_s = now - (job.admitted_at or now)
-            if self._waits_driver(job.id, now) and waited_s < self._settings.claim_s:
+            waited_s = self._liveness.silent_s(job)
+            if self._liveness.is_waited_for(job.id) and waited_s < self._settings.claim_s:
                 return job
             if job.state != State.STARTING or job.submission_id is not None:
                 return job
@@ -382,11 +413,13 @@ class Scheduler:
             job, now = self._live().get(seen.id), self._clock()
             if job is None or job.attempt != seen.attempt or job.state not in HOLDING:
                 return
+            told = job.progress
+            done = (told.rows, told.tokens) if told else (0, 0)
             if job.state == State.PREEMPTING:
-                self._keep(self._store.stopped(job.id, job.attempt, now))
+                self._keep(self._store.stopped(job.id, job.attempt, now, *done))
             else:
                 reason, message = FailureReason.DRIVER_LOST, "its driver ended without a report"
-                self._keep(self._store.fail(job.id, job.attempt, reason, message, now))
+                self._keep(self._store.fail(job.id, job.attempt, reason, message, now, *done))
         self.wake.set()
 
     # The live jobs in memory
@@ -405,7 +438,7 @@ class Scheduler:
         live = self._live()
         if job.state not in LIVE:
             live.pop(job.id, None)
-            self._drivers.pop(job.id, None)
+            self._liveness.forget(job.id)
             self._launched = {it for it in self._launched if it[0] != job.id}
             self._views.pop(job.id, None)
             self._due.pop(f"beat {job.id}", None)
@@ -458,14 +491,6 @@ class Scheduler:
     def _answer(self, job: Job) -> dict[str, Any]:
         wait = None if _is_paused(job) else self._waits.get(job.id)
         return job_answer(job, wait, self._starts.get(job.id))
-
-    def _may_wait(self, job_id: str, now: float) -> bool:
-        others = [it for it in self._drivers if it != job_id and self._waits_driver(it, now)]
-        return len(others) < self._settings.max_waiting
-
-    def _waits_driver(self, job_id: str, now: float) -> bool:
-        driver = self._drivers.get(job_id)
-        return driver is not None and now - driver[1] < self._settings.waits_for_s
 
     def _is_due(self, what: str, every_s: float) -> bool:
         now = self._clock()

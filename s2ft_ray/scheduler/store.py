@@ -353,7 +353,8 @@ class Store:
                 return change(connection, job, at, **again)
             if job.state in LIVE and job.held:
                 note(connection, job, at, "resumed")
-                return change(connection, job, at, held=False, cause="resumed")
+                queued = {"queued_at": max(at, job.updated_at)} if job.state == State.QUEUED else {}
+                return change(connection, job, at, held=False, cause="resumed", **queued)
             return job
 
     def set_priority(self, job_id: str, priority: int, at: float) -> Job:
@@ -372,12 +373,17 @@ class Store:
         """Return each tenant's decayed usage, as the policy left it."""
         with reading(self.engine) as connection:
             rows = connection.execute(select(USAGES)).all()
-        return {row.tenant: Usage(dict(row.amounts), row.entry, row.at) for row in rows}
+        return {row.tenant: Usage(dict(row.amounts), dict(row.entries), row.at) for row in rows}
 
     def save_usages(self, usages: Mapping[str, Usage]) -> None:
         """Store the usages that a plan gave."""
         rows = [
-            {"tenant": tenant, "amounts": dict(it.amounts), "entry": it.entry, "at": it.at}
+            {
+                "tenant": tenant,
+                "amounts": dict(it.amounts),
+                "entries": dict(it.entry),
+                "at": it.at,
+            }
             for tenant, it in usages.items()
         ]
         if not rows:

@@ -108,7 +108,7 @@ USAGES = Table(
     metadata,
     Column("tenant", String(63), primary_key=True),
     Column("amounts", JSON, nullable=False),
-    Column("entry", Float, nullable=False),
+    Column("entries", JSON, nullable=False),
     Column("at", Float, nullable=False),
 )
 

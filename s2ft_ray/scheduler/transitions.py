@@ -5,6 +5,7 @@ the row is still as it was read.
 """
 
 from collections.abc import Mapping
+from dataclasses import asdict, replace
 from typing import Any
 
 from sqlalchemy import Connection, Select, and_, bindparam, func, insert, select, update
@@ -129,7 +130,10 @@ def start_attempt(
             tokens=0,
         )
     )
-    held = {"num_workers": num_workers, "placement": dict(placement), "admitted_at": at}
+    held: dict[str, Any] = {"num_workers": num_workers, "placement": dict(placement)}
+    held["admitted_at"] = at
+    if job.progress is not None:  # the next attempt goes on from there, and counts anew
+        held["progress"] = asdict(replace(job.progress, rows=0, tokens=0))
     return move(
         connection,
         job,

@@ -55,8 +55,8 @@ class Usage:
 
     amounts: Mapping[str, float] = field(default_factory=dict)
     """Resource-seconds by resource, decayed to `at`."""
-    entry: float = 0.0
-    """The entry penalty: seconds of the whole cluster for each unit of weight, decayed to `at`."""
+    entry: Mapping[str, float] = field(default_factory=dict)
+    """The entry penalty for each unit of weight: resource-seconds by resource, decayed to `at`."""
     at: float = 0.0
 
 
@@ -93,6 +93,8 @@ class JobView:
     """A retry's backoff: isn't started earlier."""
     num_preemptions: int = 0
     """Also says that it waits at the front of its class."""
+    attempt: int = 0
+    """Of a job that changes meanwhile, the one that was decided about."""
     num_workers: int = 0
     """The ledger's entry: workers that it holds; 0 while queued."""
     next_workers: int = 0

@@ -9,14 +9,17 @@ from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import alembic.command
 import pytest
+from alembic.autogenerate import compare_metadata
+from alembic.runtime.migration import MigrationContext
 from postgresql_way import Way
 from sqlalchemy import create_engine, text, update
 from sqlalchemy.engine import make_url
 from sqlalchemy.exc import OperationalError
 
-from s2ft_ray.database import writing
-from s2ft_ray.errors import JobError, StaleAttempt
+from s2ft_ray.database import metadata, open_database, reading, writing
+from s2ft_ray.errors import ConfigError, JobError, StaleAttempt
 from s2ft_ray.scheduler.accounting import measurements, usage
 from s2ft_ray.scheduler.lease import Lease, is_draining, set_draining
 from s2ft_ray.scheduler.models import FailureReason, Job, Progress, State, StopCause, Submission
@@ -248,10 +251,42 @@ def test_use_is_summed_by_tenant_and_clipped_to_the_time(store: Store) -> None:
 
 
 def test_usages_come_back_as_they_were_saved(store: Store) -> None:
-    usages = {"acme": Usage({"CPU": 2.5}, 0.25, 9.0), "other": Usage({}, 0.0, 9.0)}
+    usages = {"acme": Usage({"CPU": 2.5}, {"CPU": 0.25}, 9.0), "other": Usage(at=9.0)}
     store.save_usages(usages)
-    store.save_usages({"acme": Usage({"CPU": 3.0}, 0.5, 10.0)})
-    assert store.usages() == {**usages, "acme": Usage({"CPU": 3.0}, 0.5, 10.0)}
+    store.save_usages({"acme": Usage({"CPU": 3.0}, {"GPU": 0.5}, 10.0)})
+    assert store.usages() == {**usages, "acme": Usage({"CPU": 3.0}, {"GPU": 0.5}, 10.0)}
+
+
+def test_a_database_of_the_version_before_is_brought_up_with_what_it_holds(
+    url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    upgrade = alembic.command.upgrade
+    with monkeypatch.context() as patch:
+        patch.setattr(alembic.command, "upgrade", lambda config, _: upgrade(config, "0002"))
+        before = open_database(url)
+    with writing(before) as connection:
+        row = "INSERT INTO usages VALUES ('acme', '{\"CPU\": 2.5}', 0.25, 9.0)"
+        connection.execute(text(row))
+    before.dispose()
+    store = Store(url)
+    assert store.usages() == {"acme": Usage({"CPU": 2.5}, {}, 9.0)}
+    store.close()
+
+
+def test_the_migrations_make_the_tables_that_the_code_knows(store: Store) -> None:
+    with reading(store.engine) as connection:
+        options = {"version_table": "s2ft_alembic_version", "compare_type": True}
+        context = MigrationContext.configure(connection, opts=options)
+        assert compare_metadata(context, metadata) == []
+
+
+def test_tables_of_a_newer_version_are_left_alone(url: str) -> None:
+    store = Store(url)
+    with writing(store.engine) as connection:
+        connection.execute(text("UPDATE s2ft_alembic_version SET version_num = '9999'"))
+    store.close()
+    with pytest.raises(ConfigError, match="revision 9999, newer than this package knows"):
+        Store(url)
 
 
 def test_a_second_scheduler_is_told_who_holds_the_store(store: Store) -> None:

@@ -27,11 +27,22 @@ def _empty_database() -> Path:
 
 
 class Clock:
+    """The wall's, which can be put back, and a steady one beside it."""
+
     def __init__(self) -> None:
         self.now = 1_800_000_000.0
+        self._put_s = 0.0
 
     def __call__(self) -> float:
         return self.now
+
+    def put(self, seconds: float) -> None:
+        """Put the wall's clock forward, or back."""
+        self.now += seconds
+        self._put_s += seconds
+
+    def steady(self) -> float:
+        return self.now - self._put_s
 
 
 class FakeCluster:
@@ -86,7 +97,13 @@ class Queue:
     def restart(self) -> None:
         self.store = Store(self.url)
         self.scheduler = Scheduler(
-            self.store, self.accounts, self.cluster, self.launcher, self.clock, self.settings
+            self.store,
+            self.accounts,
+            self.cluster,
+            self.launcher,
+            self.clock,
+            self.settings,
+            self.clock.steady,
         )
 
     def tick(self, after_s: float = 1.0) -> None:

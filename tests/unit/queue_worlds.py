@@ -28,7 +28,7 @@ def running(
         "state": "running",
         **changes,
     }
-    return JobView(name, tenant, worker=CPU, time_left_s=left_s, **values)
+    return JobView(name, tenant, worker=values.pop("worker", CPU), time_left_s=left_s, **values)
 
 
 def world(

@@ -4,7 +4,7 @@ from dataclasses import replace
 from queue_worlds import CPU, NOW, node, queued, running, world
 
 from s2ft_ray.scheduler.policy import decide
-from s2ft_ray.scheduler.views import NodeView, Plan, TenantView, WorkerShape
+from s2ft_ray.scheduler.views import NodeView, Plan, Snapshot, TenantView, WorkerShape
 
 
 def admitted(plan: Plan) -> list[str]:
@@ -215,16 +215,41 @@ def test_a_higher_priority_stops_the_cheapest_of_the_lowest() -> None:
         running("dear", progress_lost_s=500.0),
         running("cheap", progress_lost_s=10.0),
         running("important", priority=3, progress_lost_s=0.0),
-        running("ending", left_s=60.0),
+        running("same", priority=5),
         queued("urgent", "zeta", workers=2, priority=5),
     ]
     assert {it.job_id for it in decide(world(*jobs), NOW).preemptions} == {"cheap", "dear"}
     jobs[-1] = queued("urgent", "zeta", priority=5)
-    jobs[-2] = running("same", priority=5)
     plan = decide(world(*jobs), NOW)
     assert [(it.job_id, it.for_job_id, it.cause) for it in plan.preemptions] == [
         ("cheap", "urgent", "priority")
     ]
+
+
+def test_a_job_near_its_end_is_waited_for_and_counts_as_room() -> None:
+    jobs = [
+        running("dear", progress_lost_s=500.0),
+        running("cheap", progress_lost_s=10.0),
+        running("rest", priority=5),
+        running("ending", left_s=60.0),
+        queued("urgent", "zeta", priority=5),
+    ]
+    assert not decide(world(*jobs), NOW).preemptions
+    jobs[-1] = queued("urgent", "zeta", workers=2, priority=5)
+    assert [it.job_id for it in decide(world(*jobs), NOW).preemptions] == ["cheap"]
+
+
+def test_a_job_that_starts_soon_holds_up_nobody_elses_preemption() -> None:
+    gpu = WorkerShape.of({"GPU": 1.0})
+    nodes = [NodeView("n0", {"CPU": 1.0}), NodeView("n1", {"GPU": 1.0})]
+    jobs = [
+        running("ending", left_s=60.0, placement={"n0": 1}),
+        running("low", worker=gpu, placement={"n1": 1}),
+        queued("soon", priority=9),
+        queued("urgent", "zeta", worker=gpu, priority=5),
+    ]
+    plan = decide(Snapshot(jobs, (), nodes), NOW)
+    assert [(it.job_id, it.for_job_id) for it in plan.preemptions] == [("low", "urgent")]
 
 
 def test_no_more_are_stopped_than_the_gang_needs_and_never_in_vain() -> None:

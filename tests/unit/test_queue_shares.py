@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import pytest
 from queue_worlds import CPU, NOW, node, queued, running, world
 
@@ -8,6 +10,7 @@ from s2ft_ray.scheduler.policy import (
     expected_starts,
     never_fits,
 )
+from s2ft_ray.scheduler.policy.shares import Standings
 from s2ft_ray.scheduler.views import PolicySettings, TenantView, Usage, WorkerShape
 
 HALF_LIFE_S = PolicySettings().half_life_s
@@ -21,10 +24,11 @@ def used(seconds: float, at: float = NOW) -> Usage:
 
 
 def test_past_use_halves_with_each_half_life() -> None:
-    tenants = (TenantView("acme", usage=Usage({"CPU": 800.0}, entry=8.0, at=NOW)),)
+    tenants = (TenantView("acme", usage=Usage({"CPU": 800.0}, entry={"CPU": 8.0}, at=NOW)),)
     usage = decide(world(tenants=tenants), NOW + 2 * HALF_LIFE_S).usages["acme"]
     assert usage.amounts == pytest.approx({"CPU": 200.0})
-    assert (usage.entry, usage.at) == (pytest.approx(2.0), NOW + 2 * HALF_LIFE_S)
+    assert usage.entry == {"CPU": pytest.approx(2.0)}
+    assert usage.at == NOW + 2 * HALF_LIFE_S
 
 
 def test_running_work_is_added_since_the_last_look_or_the_start() -> None:
@@ -72,11 +76,24 @@ def test_a_newcomer_starts_level_with_those_who_wait_not_ahead_of_them() -> None
     )
     busy = running("r", "other", workers=4)
     first = decide(world(busy, queued("qa", "a"), queued("qb", "b"), tenants=tenants), NOW)
-    assert first.usages["idle"].entry == pytest.approx(1000.0)  # of 4 CPUs, as a's 4000
-    assert first.usages["a"].entry == first.usages["b"].entry == 0
+    assert first.usages["idle"].entry == {"CPU": pytest.approx(4000.0)}  # as a's
+    assert first.usages["a"].entry == first.usages["b"].entry == {}
     jobs = [queued(f"{name}{i}", name, time_left_s=600.0) for name in ("a", "new") for i in (0, 1)]
     waits = decide(world(busy, *jobs, tenants=tenants), NOW).waits
     assert list(waits) == ["a0", "new0", "a1", "new1"]
+
+
+def test_nodes_that_are_away_for_a_moment_leave_no_larger_penalty() -> None:
+    jobs = [running("r", "other", workers=4), queued("qa", "a"), queued("qi", "idle")]
+    tenants = (TenantView("a", usage=used(4000.0)), TenantView("idle"))
+    usages = {}
+    for slots in (8, 1, 8):
+        plan = decide(world(*jobs[:2], tenants=tenants, slots=slots), NOW)
+        tenants = tuple(replace(it, usage=plan.usages[it.name]) for it in tenants)
+        usages[slots] = plan.usages["idle"]
+    assert usages[8].entry == {"CPU": pytest.approx(4000.0)}
+    whole = Standings(world(slots=8).nodes, tenants, {it.name: it.usage for it in tenants})
+    assert whole.of["idle"].level == pytest.approx(whole.of["a"].level)
 
 
 # Estimates

@@ -25,7 +25,6 @@ from s2ft_ray.scheduler.policy.shares import (
     advance,
     expected_left_s,
     lift_entrants,
-    raise_entries,
 )
 from s2ft_ray.scheduler.policy.waits import Waits
 from s2ft_ray.scheduler.views import (
@@ -68,11 +67,11 @@ class Outcome:
     waits: Waits
     blocked: list[tuple[JobView, bool]]
     """The first jobs that wait for workers, and whether each is a claim within quota."""
-    soonest: float
-    """When the first of them would fit, as expected."""
     admitted_tenants: set[str]
     level: float
     """The highest level at which a job was admitted."""
+    highest: str
+    """The tenant of that job."""
 
 
 def decide(snapshot: Snapshot, now: float) -> Plan:
@@ -89,7 +88,7 @@ def decide(snapshot: Snapshot, now: float) -> Plan:
     lift_entrants(world.standings, world.usages, claiming, world.tenants.values())
     levels = {name: standing.level for name, standing in world.standings.of.items()}
     order = in_order(lines, world.tenants, world.standings, dict(world.held), snapshot.settings)
-    outcome = Outcome([], Waits(), [], inf, set(), 0.0)
+    outcome = Outcome([], Waits(), [], set(), 0.0, "")
     if snapshot.draining:
         for job, _, _ in order:
             outcome.waits.add(job, "drain")
@@ -100,7 +99,7 @@ def decide(snapshot: Snapshot, now: float) -> Plan:
     preemptions, resizes = make_room(outcome, world, snapshot, now)
     if not snapshot.draining and not outcome.blocked:
         others = {name: levels[name] for name in set(levels) - outcome.admitted_tenants}
-        raise_entries(world.usages, others, outcome.level)
+        world.standings.raise_entries(world.usages, others, outcome.level, outcome.highest)
         resizes += grow(
             world.holders,
             world.tenants,
@@ -163,7 +162,8 @@ def walk(
             if placement is not None:
                 outcome.admissions.append(Admit(job.id, needs, placement))
                 outcome.admitted_tenants.add(tenant)
-                outcome.level = max(outcome.level, level)
+                if level > outcome.level:
+                    outcome.level, outcome.highest = level, tenant
                 held[tenant] = held.get(tenant, 0) + needs
                 started.append(Release(until, shape, placement))
                 continue
@@ -171,7 +171,6 @@ def walk(
             cause = "too large"
         elif reservation is None:
             reservation = Reservation(job, room, started + _releases(world, now, settings))
-            outcome.soonest = reservation.at
         if len(outcome.blocked) < _MOST_PREEMPTORS and cause in ("workers", "order"):
             outcome.blocked.append((job, within_quota))
         outcome.waits.add(job, cause, free)
@@ -182,16 +181,16 @@ def make_room(
 ) -> tuple[list[Preempt], list[Resize]]:
     """Stop or shrink jobs for those that wait and may ask for it.
 
-    The room of jobs that are stopping already counts as free, so nobody is stopped twice over.
+    The room of jobs that are stopping already counts as free, so nobody is stopped twice over, and
+    so does that of jobs near their end, which is waited for.
     """
     settings = snapshot.settings
-    if not outcome.blocked or outcome.soonest - now < settings.near_end_s:
+    if not outcome.blocked:
         return [], []
     future = world.room.copy()
-    for holder in world.holders:
-        if holder.job.state == "preempting":
-            freed = freed_placement(holder.placement, holder.job.next_workers)
-            future.give(holder.job.worker, freed)
+    for release in _releases(world, now, settings):
+        if release.at - now < settings.near_end_s:
+            future.give(release.shape, release.placement)
     stoppable = [holder for holder in world.holders if can_be_stopped(holder.job, settings)]
     stoppable.sort(key=lambda holder: holder.cost)
     lowest = min((holder.priority for holder in stoppable), default=0)

@@ -6,7 +6,9 @@ is served first. What a job is still expected to use counts from its admission o
 can't win before its use shows. Past use decays with a half-life. Invariant: a tenant that doesn't
 wait gathers no claim on the future, and what nobody else wanted is held against nobody: its level
 is kept, by the entry penalty, at or above the lowest level of those that wait, or where nobody
-waits, the level at which jobs were admitted (start-time fair queueing's virtual time).
+waits, the level at which jobs were admitted (start-time fair queueing's virtual time). Penalties
+are kept in resource-seconds, of the resource that makes the level which they lift to: a cluster
+that is small for a moment leaves none behind that are large in the whole one.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -41,35 +43,45 @@ def advance(
     A clock that went backwards changes nothing.
     """
     amounts: dict[str, dict[str, float]] = {}
-    at: dict[str, tuple[float, float]] = {}
+    entries: dict[str, dict[str, float]] = {}
+    at: dict[str, float] = {}
     for tenant in tenants:
         past = tenant.usage
         factor = 0.5 ** (max(now - past.at, 0.0) / max(half_life_s, 1.0)) if past.at else 1.0
         amounts[tenant.name] = {name: amount * factor for name, amount in past.amounts.items()}
-        at[tenant.name] = (past.at, past.entry * factor)
+        entries[tenant.name] = {name: amount * factor for name, amount in past.entry.items()}
+        at[tenant.name] = past.at
     for job in jobs:
-        since = max(at[job.tenant][0], now if job.started_at is None else job.started_at)
+        since = max(at[job.tenant], now if job.started_at is None else job.started_at)
         seconds = now - since
         if seconds > 0:
             mine = amounts[job.tenant]
             for name, amount in job.worker.resources:
                 mine[name] = mine.get(name, 0.0) + amount * job.num_workers * seconds
     return {
-        name: Usage(mine, entry=at[name][1], at=max(now, at[name][0]))
-        for name, mine in amounts.items()
+        name: Usage(mine, entries[name], at=max(now, at[name])) for name, mine in amounts.items()
     }
 
 
 class Standing:
     """One tenant's level while a decision is made."""
 
-    __slots__ = ("_dominant", "_shares", "_weight", "level")
+    __slots__ = ("_dominant", "_entries", "_shares", "_weight", "level")
 
-    def __init__(self, shares: list[float], weight: float, entry: float) -> None:
+    def __init__(self, shares: list[float], weight: float, entries: list[float]) -> None:
+        """Take used and entry penalties as shares of the cluster, by resource."""
         self._shares = shares
         self._weight = weight
+        self._entries = entries
         self._dominant = max(shares, default=0.0)
-        self.level = self._dominant / weight + entry
+        self.level = self._dominant / weight + sum(entries)
+
+    @property
+    def heaviest(self) -> int:
+        """The resource that makes most of the level."""
+        parts = zip(self._shares, self._entries, strict=True)
+        levels = [share / self._weight + entry for share, entry in parts]
+        return levels.index(max(levels))
 
     def charge(self, units: Sequence[tuple[int, float]], worker_seconds: float) -> None:
         """Add the work of a gang; `units` are a worker's shares of the cluster by resource."""
@@ -94,15 +106,16 @@ class Standings:
         for node in nodes:
             for name, amount in node.total.items():
                 totals[name] = totals.get(name, 0.0) + amount
-        there = sorted(name for name, total in totals.items() if total > 0)
-        self._resources = {name: position for position, name in enumerate(there)}
+        self._names = sorted(name for name, total in totals.items() if total > 0)
+        self._resources = {name: position for position, name in enumerate(self._names)}
         self._totals = totals
         self._units: dict[WorkerShape, list[tuple[int, float]]] = {}
         self.of: dict[str, Standing] = {}
         for tenant in tenants:
             used = usages[tenant.name]
-            shares = [used.amounts.get(name, 0.0) / totals[name] for name in self._resources]
-            self.of[tenant.name] = Standing(shares, tenant.weight, used.entry)
+            shares = [used.amounts.get(name, 0.0) / totals[name] for name in self._names]
+            entries = [used.entry.get(name, 0.0) / totals[name] for name in self._names]
+            self.of[tenant.name] = Standing(shares, tenant.weight, entries)
 
     def units(self, shape: WorkerShape) -> list[tuple[int, float]]:
         """Return a worker's share of the cluster by resource."""
@@ -115,6 +128,22 @@ class Standings:
             ]
             self._units[shape] = units
         return units
+
+    def raise_entries(
+        self, usages: dict[str, Usage], levels: Mapping[str, float], floor: float, of: str
+    ) -> None:
+        """Raise the entry penalties of the tenants in `levels` by what they are below `floor`.
+
+        `of` is the tenant whose level the floor is.
+        """
+        below = {name: floor - level for name, level in levels.items() if level < floor}
+        if not below:
+            return
+        resource = self._names[self.of[of].heaviest]
+        for name, lack in below.items():
+            past = usages[name]
+            raised = past.entry.get(resource, 0.0) + lack * self._totals[resource]
+            usages[name] = Usage(past.amounts, {**past.entry, resource: raised}, past.at)
 
     def commit(self, jobs: Iterable[JobView], now: float, settings: PolicySettings) -> None:
         """Charge what the jobs that hold workers will still use."""
@@ -131,19 +160,11 @@ def lift_entrants(
 ) -> None:
     """Keep tenants that don't wait, and new ones, at the lowest level of those that wait."""
     settled = {tenant.name for tenant in tenants if tenant.usage.at}
-    levels = [standings.of[name].level for name in waiting & settled]
+    levels = [(standings.of[name].level, name) for name in waiting & settled]
     if levels:
         entrants = {name: it.level for name, it in standings.of.items() if name not in settled}
         entrants |= {name: it.level for name, it in standings.of.items() if name not in waiting}
-        floor = min(levels)
-        raise_entries(usages, entrants, floor)
+        floor, lowest = min(levels)
+        standings.raise_entries(usages, entrants, floor, lowest)
         for name in entrants:
             standings.of[name].lift(floor)
-
-
-def raise_entries(usages: dict[str, Usage], levels: Mapping[str, float], floor: float) -> None:
-    """Raise the entry penalties of the tenants in `levels` by what they are below `floor`."""
-    for name, level in levels.items():
-        if level < floor:
-            past = usages[name]
-            usages[name] = Usage(past.amounts, entry=past.entry + floor - level, at=past.at)
