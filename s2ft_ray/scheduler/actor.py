@@ -39,7 +39,8 @@ class SchedulerActor:
         holder = f"actor {ray.get_runtime_context().get_actor_id()} on {socket.gethostname()}"
         self._lease = Lease(engine, holder, _cluster_name())
         self._wait_for_lease()
-        threading.Thread(target=self._run, name="tick", daemon=True).start()
+        for name, run in (("lease", self._keep_lease), ("tick", self._run)):
+            threading.Thread(target=run, name=name, daemon=True).start()
 
     def ask(self, method: str, *args: Any, **kwargs: Any) -> Any:
         """Call a public method of the scheduler."""
@@ -64,12 +65,8 @@ class SchedulerActor:
                 time.sleep(1.0)
 
     def _run(self) -> None:
-        renewed_at = time.monotonic()
         while True:
             try:
-                if time.monotonic() - renewed_at > self._lease.duration_s / 3:
-                    self._renew_lease()
-                    renewed_at = time.monotonic()
                 self._scheduler.tick()
             except Exception:  # the tick's edge: the next one goes on from the store
                 logger.exception("a tick failed; the next one goes on from the database")
@@ -77,12 +74,17 @@ class SchedulerActor:
             self._scheduler.wake.wait(TICK_S)
             self._scheduler.wake.clear()
 
-    def _renew_lease(self) -> None:
-        try:
-            self._lease.renew(time.time())
-        except JobError:
-            logger.exception("this scheduler ends")
-            os._exit(1)
+    def _keep_lease(self) -> None:
+        """Renew the lease in time, however long a tick takes; end this process where it is lost."""
+        while True:
+            time.sleep(self._lease.duration_s / 3)
+            try:
+                self._lease.renew(time.time())
+            except JobError:
+                logger.exception("this scheduler ends")
+                os._exit(1)
+            except Exception:  # the database is away; whoever took the lease meanwhile has it
+                logger.exception("the lease can't be renewed now")
 
 
 def _build_scheduler(dashboard: str) -> "tuple[Scheduler, Any]":

@@ -5,7 +5,7 @@ refuses a second job of the same id).
 """
 
 import logging
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol
 
 from s2ft_ray.scheduler.models import Job
 
@@ -14,6 +14,7 @@ DriverState = Literal["alive", "ended", "unknown"]
 
 # How long Ray waits between asking a driver to end and killing it.
 _STOP_WAIT_S = 30
+_HTTP_TIMEOUT_S = 30.0
 
 
 class Launcher(Protocol):
@@ -41,7 +42,13 @@ class RayJobs:
         """Take the address of the dashboard, http://host:port."""
         from ray.job_submission import JobSubmissionClient
 
-        self._client = JobSubmissionClient(address)
+        class Client(JobSubmissionClient):  # type: ignore[misc]
+            """By itself it waits for ever, and the tick with it, for a dashboard that hangs."""
+
+            def _do_request(self, *args: Any, **options: Any) -> Any:
+                return super()._do_request(*args, timeout=_HTTP_TIMEOUT_S, **options)
+
+        self._client = Client(address)
 
     def launch(self, job: Job) -> None:
         assert job.submission_id is not None

@@ -29,17 +29,22 @@ class Lease:
         """Take the lease. Raises JobError where another scheduler holds it, saying who.
 
         One that still ends at `watched_expiry` is taken although it hasn't ended: its holder was
-        watched and didn't renew it (the clock went backwards, or theirs is ahead).
+        watched and didn't renew it (the clock went backwards, or theirs is ahead). Another
+        cluster's is taken so alone: its end was written by another machine's clock.
         """
         with writing(self.engine) as connection:
             row = connection.execute(select(LEASE).where(LEASE.c.id == _THE_ROW)).first()
             if row is None:
                 _make_row(connection)
-            elif row.holder not in (None, self.holder) and now < row.expires_at != watched_expiry:
-                raise JobError(
-                    f"a scheduler writes to this database already: {row.holder}, of cluster"
-                    f" {row.cluster}; end it, or wait {row.expires_at - now:.0f} s"
-                )
+            elif row.holder not in (None, self.holder) and row.expires_at != watched_expiry:
+                left_s = row.expires_at - now
+                if row.cluster != self.cluster:
+                    left_s = max(left_s, self.duration_s)
+                if left_s > 0:
+                    raise JobError(
+                        f"a scheduler writes to this database already: {row.holder}, of cluster"
+                        f" {row.cluster}; end it, or wait {left_s:.0f} s"
+                    )
             connection.execute(
                 update(LEASE)
                 .where(LEASE.c.id == _THE_ROW)

@@ -1,15 +1,19 @@
 """What the queue asks of Ray: drivers as Ray jobs, and the scheduler's actor; no Ray is started."""
 
+import socket
+import threading
+import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 import ray
+import requests
 from queue_parts import Queue
-from ray.job_submission import JobStatus
+from ray.job_submission import JobStatus, JobSubmissionClient
 
-from s2ft_ray.errors import ConfigError
-from s2ft_ray.scheduler import actor
+from s2ft_ray.errors import ConfigError, JobError
+from s2ft_ray.scheduler import actor, launcher
 from s2ft_ray.scheduler.launcher import RayJobs
 from s2ft_ray.scheduler.lease import Lease
 from s2ft_ray.scheduler.store import Store
@@ -57,12 +61,12 @@ def test_an_attempt_launched_twice_is_one_ray_job(tmp_path: Path) -> None:
     queue = Queue(tmp_path)
     job_id = queue.submit()
     queue.tick()
-    job, launcher = queue.store.job(job_id), RayJobs(DASHBOARD)
-    launcher.launch(job)
-    launcher.launch(job)
-    launcher._client.status = JobStatus.FAILED  # one that ended isn't started again either
-    launcher.launch(job)
-    (request,) = launcher._client.submitted
+    job, jobs = queue.store.job(job_id), RayJobs(DASHBOARD)
+    jobs.launch(job)
+    jobs.launch(job)
+    jobs._client.status = JobStatus.FAILED  # one that ended isn't started again either
+    jobs.launch(job)
+    (request,) = jobs._client.submitted
     assert request["submission_id"] == f"{job_id}-1"
     assert request["entrypoint"].endswith(f"s2ft_ray.finetune --job {job_id} --attempt 1")
 
@@ -71,14 +75,68 @@ def test_a_driver_takes_nothing_from_the_workers_and_uploads_nothing(tmp_path: P
     queue = Queue(tmp_path)
     job_id = queue.submit()
     queue.tick()
-    launcher = RayJobs(DASHBOARD)
-    launcher.launch(queue.store.job(job_id))
-    (request,) = launcher._client.submitted
+    jobs = RayJobs(DASHBOARD)
+    jobs.launch(queue.store.job(job_id))
+    (request,) = jobs._client.submitted
     for amount in ("entrypoint_num_cpus", "entrypoint_num_gpus", "entrypoint_resources"):
         assert not request.get(amount)
     assert request["runtime_env"].keys().isdisjoint({"working_dir", "py_modules"})
     # Ray's own 3 s are too few for a step and a checkpoint
     assert request["runtime_env"]["env_vars"]["RAY_JOB_STOP_WAIT_TIME_S"] == "30"
+
+
+def test_a_dashboard_that_hangs_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("ray.job_submission.JobSubmissionClient", JobSubmissionClient)
+    monkeypatch.setattr(launcher, "_HTTP_TIMEOUT_S", 0.2)
+    with socket.create_server(("127.0.0.1", 0)) as silent, pytest.raises(requests.Timeout):
+        RayJobs(f"http://127.0.0.1:{silent.getsockname()[1]}")
+
+
+# The lease
+
+
+def holder(store: Store, name: str, cluster: str = "c1", duration_s: float = 0.6) -> Any:
+    scheduler = object.__new__(actor.SchedulerActor)
+    scheduler._lease = Lease(store.engine, name, cluster, duration_s)
+    return scheduler
+
+
+@pytest.mark.usefixtures("home")
+def test_a_long_tick_loses_no_lease_and_a_lost_lease_ends_the_scheduler(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    store, ended = Store(), threading.Event()
+
+    def end(_code: int) -> None:
+        ended.set()
+        threading.Event().wait()  # a process would be gone
+
+    monkeypatch.setattr(actor.os, "_exit", end)
+    first = holder(store, "first")
+    first._wait_for_lease()
+    threading.Thread(target=first._keep_lease, daemon=True).start()
+    time.sleep(1.5)  # no tick ends meanwhile
+    second = holder(store, "second")._lease
+    with pytest.raises(JobError, match="first"):
+        second.acquire(time.time())
+    assert not ended.is_set()
+    second.acquire(time.time(), watched_expiry=second.expiry())
+    assert ended.wait(timeout=10)
+
+
+@pytest.mark.usefixtures("home")
+def test_another_clusters_lease_is_watched_before_it_is_taken(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    store = Store()
+    holder(store, "there", "c2")._lease.acquire(now=1.0)  # ended long ago, by our clock
+    monkeypatch.setattr(actor, "_LEASE_PATIENCE_S", 0.5)
+    here = holder(store, "here")
+    with pytest.raises(JobError, match="there, of cluster c2"):
+        here._lease.acquire(time.time())
+    began = time.monotonic()
+    here._wait_for_lease()
+    assert time.monotonic() - began > 0.5
 
 
 # The scheduler stays with its file
