@@ -3,6 +3,7 @@
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
+from math import inf
 from typing import Any
 
 from s2ft_ray.accounts import Tenant, is_inside
@@ -11,6 +12,9 @@ from s2ft_ray.errors import ConfigError
 from s2ft_ray.scheduler.models import Submission
 from s2ft_ray.scheduler.policy import never_fits
 from s2ft_ray.scheduler.views import NodeView, WorkerShape
+
+_LONGEST_KEY = 255
+_LARGEST_PRIORITY = 1_000_000
 
 
 def read_config(document: Mapping[str, Any]) -> RunConfig:
@@ -36,6 +40,13 @@ def build_submission(
     """
     worker, sizes = worker_shape(config.parallel), _sizes(config.parallel)
     faults = _faults(config, tenant, num_queued, sizes[0])
+    if not 1 <= len(idempotency_key) <= _LONGEST_KEY:
+        faults.append(
+            f"idempotency key: has {len(idempotency_key)} characters; take 1 to {_LONGEST_KEY}"
+        )
+    for name, seconds in (("queue", queue_timeout_s), ("run", run_timeout_s)):
+        if seconds is not None and not 0 < seconds < inf:
+            faults.append(f"{name} timeout: {seconds:g} is no number of seconds above 0")
     if nodes and (misfit := never_fits(nodes, worker, sizes[0])):
         faults.append(
             f"parallel: {misfit}; lower num_workers or resources_per_worker, or add nodes"
@@ -67,7 +78,11 @@ def default_key(config: RunConfig) -> str:
 
 
 def check_priority(priority: int, tenant: Tenant) -> None:
-    """Raise ConfigError for a priority that the tenant may not ask for."""
+    """Raise ConfigError for a priority that nobody, or not the tenant, may ask for."""
+    if abs(priority) > _LARGEST_PRIORITY:
+        raise ConfigError(
+            f"priority {priority}: take one from -{_LARGEST_PRIORITY} to {_LARGEST_PRIORITY}"
+        )
     if tenant.priority_cap is not None and priority > tenant.priority_cap:
         raise ConfigError(
             f"priority {priority}: above tenant {tenant.name}'s cap of {tenant.priority_cap}"

@@ -115,6 +115,25 @@ def test_bad_input_is_refused_with_value_limit_and_way_out(
         queue.scheduler.submit({**document(), **changes})
 
 
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ({"queue_timeout_s": -5.0}, "queue timeout: -5 is no number of seconds above 0"),
+        ({"run_timeout_s": float("nan")}, "run timeout: nan"),
+        ({"run_timeout_s": 0.0}, "run timeout: 0"),
+        ({"idempotency_key": "k" * 300}, "has 300 characters; take 1 to 255"),
+    ],
+)
+def test_what_no_database_or_clock_takes_is_refused(
+    queue: Queue, options: dict, expected: str
+) -> None:
+    with pytest.raises(ConfigError, match=expected):
+        queue.scheduler.submit(document(), **options)
+    with pytest.raises(ConfigError, match=r"priority 1099511627776: take one from"):
+        queue.scheduler.submit({**document(), "priority": 2**40})
+    assert queue.scheduler.jobs() == []
+
+
 def test_a_full_queue_of_a_tenant_refuses_the_next(queue: Queue) -> None:
     queue.accounts.set_tenant("acme", max_queued=1)
     job_id = queue.submit("a")
