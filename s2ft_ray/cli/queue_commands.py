@@ -184,12 +184,13 @@ def connect() -> "QueueClient":
 
 def _submit(args: argparse.Namespace) -> int:
     from s2ft_ray.config import load_config
-    from s2ft_ray.finetune.inputs import settle
+    from s2ft_ray.finetune.inputs import expected_rows, settle
 
     config = settle(load_config(args.config, args.overrides))
     job = connect().submit(
         config.to_document(),
         idempotency_key=args.idempotency_key,
+        num_rows=expected_rows(config),
         queue_timeout_s=args.queue_timeout,
         run_timeout_s=args.run_timeout,
     )

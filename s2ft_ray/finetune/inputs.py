@@ -17,6 +17,7 @@ from s2ft_ray.config import RunConfig, parse_config, s2ft_home
 from s2ft_ray.errors import ConfigError
 
 _CHUNK_BYTES = 2**20
+_COUNTED_BYTES = 64 * 2**20
 
 
 def settle(config: RunConfig) -> RunConfig:
@@ -38,6 +39,39 @@ def settle(config: RunConfig) -> RunConfig:
     root = Path(storage).expanduser().absolute() if storage else s2ft_home() / "runs"
     document["checkpoint"]["storage_path"] = str(root)
     return parse_config(document)
+
+
+def expected_rows(config: RunConfig) -> int | None:
+    """Return about how many rows a run will go through, None where only reading all could tell.
+
+    For the queue's estimates: of local JSONL files the lines are counted, of large ones their first
+    64 MiB, of Parquet what the file says.
+    """
+    optim = config.optim
+    if optim.max_steps is not None:
+        return optim.max_steps * optim.global_batch_size
+    if config.data.packing or optim.epochs is None:
+        return None  # how many rows go into a sequence, nobody knows yet
+    counts = [(_count_rows(Path(file.path)), file.weight) for file in config.data.train_files]
+    rows = [count * weight for count, weight in counts if count is not None]
+    return round(optim.epochs * sum(rows)) if len(rows) == len(counts) else None
+
+
+def _count_rows(path: Path) -> int | None:
+    try:
+        if path.suffix == ".parquet":
+            from pyarrow.parquet import ParquetFile
+
+            return int(ParquetFile(path).metadata.num_rows)
+        with path.open("rb") as file:
+            head = file.read(_COUNTED_BYTES)
+        size = path.stat().st_size
+    except (OSError, ValueError):  # what is wrong with it is told where it is checked
+        return None
+    if not head or head.lstrip().startswith(b"["):
+        return None
+    lines = head.count(b"\n") + (not head.endswith(b"\n"))
+    return round(lines * size / len(head))
 
 
 def _train_entries(data: dict[str, Any]) -> Iterator[tuple[dict[str, Any], str]]:

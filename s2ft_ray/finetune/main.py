@@ -25,7 +25,7 @@ from s2ft_ray.errors import (
     S2FTError,
     UnknownJob,
 )
-from s2ft_ray.finetune.inputs import settle
+from s2ft_ray.finetune.inputs import expected_rows, settle
 from s2ft_ray.training.progress import ProgressPrinter
 from s2ft_ray.training.run_folder import RunFolder, create_run_folder, find_run_folder
 
@@ -135,6 +135,7 @@ def _enqueue(queue: "QueueClient", config: RunConfig, args: argparse.Namespace) 
         config.to_document(),
         idempotency_key=args.idempotency_key,
         driver_id=driver,
+        num_rows=expected_rows(config),
         queue_timeout_s=args.queue_timeout,
         run_timeout_s=args.run_timeout,
     )

@@ -47,19 +47,22 @@ class QueueClient:
         *,
         idempotency_key: str | None = None,
         driver_id: str | None = None,
+        num_rows: int | None = None,
         queue_timeout_s: float | None = None,
         run_timeout_s: float | None = None,
     ) -> Answer:
         """Queue a resolved run; return its job, with `is_new` and `may_wait`.
 
         Of a tenant's active jobs with the same key there is one. `driver_id` is who waits for
-        it. Raises ConfigError for what can't be queued.
+        it; `num_rows` is about how many rows the run goes through, where that is known. Raises
+        ConfigError for what can't be queued.
         """
         return self._ask_job(
             "submit",
             dict(document),
             idempotency_key=idempotency_key,
             driver_id=driver_id,
+            num_rows=num_rows,
             queue_timeout_s=queue_timeout_s,
             run_timeout_s=run_timeout_s,
         )

@@ -3,11 +3,13 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import pyarrow
 import pytest
+from pyarrow import parquet
 
 from s2ft_ray.config import RunConfig, parse_config
-from s2ft_ray.finetune import main
-from s2ft_ray.finetune.inputs import settle
+from s2ft_ray.finetune import inputs, main
+from s2ft_ray.finetune.inputs import expected_rows, settle
 
 
 @pytest.fixture
@@ -113,3 +115,26 @@ def test_the_profile_flag_is_the_runs_own_setting(
     monkeypatch.setattr(main, "_plan", plan)
     assert main.main(["--config", str(path), "--dry-run", *flag]) == 0
     assert planned[0].tracking.profile is bool(flag)
+
+
+def test_the_rows_of_a_run_are_known_to_the_queue(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lines, table, array = (tmp_path / f"rows.{kind}" for kind in ("jsonl", "parquet", "json"))
+    lines.write_text('{"text": "some words"}\n' * 200 + '{"text": "the last"}')
+    parquet.write_table(pyarrow.table({"text": ["a", "b", "c"]}), table)
+    array.write_text('[{"text": "a"}]')
+    both = [{"path": str(lines), "weight": 0.5}, {"path": str(table), "weight": 4}]
+
+    def rows(train: Any, **length: Any) -> int | None:
+        optim = {"global_batch_size": 16, **(length or {"epochs": 2.0})}
+        return expected_rows(run(data={"train": train}, optim=optim))
+
+    assert rows(str(lines)) == 402
+    assert rows(both) == 225
+    assert rows(str(lines), max_steps=10) == 160
+    monkeypatch.setattr(inputs, "_COUNTED_BYTES", 230)  # ten lines
+    assert rows(str(lines)) == pytest.approx(402, abs=2)
+    for unknown in (str(array), str(tmp_path / "none.jsonl"), "s3://bucket/rows.jsonl"):
+        assert rows([{"path": unknown}, *both]) is None
+    assert expected_rows(run(data={"train": str(lines), "packing": True})) is None
