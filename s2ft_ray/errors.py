@@ -97,6 +97,10 @@ class WorkersLost(JobError):  # noqa: N818 - what happened
     """Workers that died more often than a run is started again by itself."""
 
 
+class NodeLost(WorkersLost):
+    """Workers that died with their node."""
+
+
 class RegistryUnreachable(JobError):  # noqa: N818 - what happened
     """MLflow can't be reached, or can't do what it is asked: a full disk, a locked database."""
 

@@ -24,6 +24,7 @@ from s2ft_ray.errors import (
     DataError,
     Diverged,
     JobError,
+    NodeLost,
     OutOfMemory,
     Preempted,
     RegistryUnreachable,
@@ -44,6 +45,7 @@ _REASONS: tuple[tuple[type[S2FTError], FailureReason], ...] = (
     (CheckpointError, FailureReason.STORAGE),
     (Diverged, FailureReason.DIVERGED),
     (OutOfMemory, FailureReason.OUT_OF_MEMORY),
+    (NodeLost, FailureReason.NODE_LOST),
     (WorkersLost, FailureReason.WORKER_LOST),
     (RegistryUnreachable, FailureReason.REGISTRY),
 )

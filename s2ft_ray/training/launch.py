@@ -22,6 +22,7 @@ from s2ft_ray.config import ParallelConfig
 from s2ft_ray.errors import (
     ConfigError,
     JobError,
+    NodeLost,
     OutOfMemory,
     Preempted,
     S2FTError,
@@ -126,10 +127,11 @@ def _fit(run: RunFolder, parallel: ParallelConfig) -> S2FTError | None:
             logging_config=LoggingConfig(log_level="WARNING"),
         ),
     )
+    nodes = _alive_nodes()
     try:
         fault: S2FTError | None = trainer.fit().return_value
     except (TrainingFailedError, *_GONE) as error:
-        raise _explain(error) from error
+        raise _explain(error, nodes - _alive_nodes()) from error
     return fault
 
 
@@ -189,21 +191,31 @@ def _is_draining() -> bool:
     return get_train_context().preemption_context.preemption_info is not None
 
 
-def _explain(error: Exception) -> S2FTError:
+def _alive_nodes() -> set[str]:
+    return {node["NodeID"] for node in ray.nodes() if node["Alive"]}
+
+
+def _explain(error: Exception, lost_nodes: set[str]) -> S2FTError:
+    lost = NodeLost if lost_nodes else WorkersLost
     if isinstance(error, WorkerGroupError) and error.worker_failures:
         rank, cause = next(iter(sorted(error.worker_failures.items())))
         lines = str(cause).strip().splitlines() or [type(cause).__name__]
-        died = OutOfMemory if _OUT_OF_MEMORY.search(str(cause)) else WorkersLost
+        died = OutOfMemory if _OUT_OF_MEMORY.search(str(cause)) else lost
         return died(
             f"worker {rank} failed {MAX_WORKER_FAILURES + 1} times, last with: {lines[-1]};"
-            " its log has the traceback; --resume goes on from the newest checkpoint"
+            f"{_name(lost_nodes)} its log has the traceback; --resume goes on from the newest"
+            " checkpoint"
         )
     cause = error.controller_failure if isinstance(error, ControllerError) else error
     lines = str(error).strip().splitlines() or [type(error).__name__]
     told = f"Ray Train gave up: {lines[-1]}; the job's log has the traceback"
     if isinstance(cause, _GONE):
-        return WorkersLost(f"{told}; --resume goes on from the newest checkpoint")
+        return lost(f"{told};{_name(lost_nodes)} --resume goes on from the newest checkpoint")
     return JobError(told)
+
+
+def _name(lost_nodes: set[str]) -> str:
+    return f" lost nodes: {', '.join(sorted(lost_nodes))};" if lost_nodes else ""
 
 
 def _fewest(parallel: ParallelConfig) -> int:

@@ -8,10 +8,19 @@ from typing import Any
 
 import pytest
 from ray.exceptions import RayActorError
-from ray.train.v2.api.exceptions import ControllerError
+from ray.train.v2.api.exceptions import ControllerError, WorkerGroupError
 
 from s2ft_ray.config import ParallelConfig
-from s2ft_ray.errors import ConfigError, Diverged, JobError, Preempted, S2FTError, WorkersLost
+from s2ft_ray.errors import (
+    ConfigError,
+    Diverged,
+    JobError,
+    NodeLost,
+    Preempted,
+    S2FTError,
+    WorkersLost,
+)
+from s2ft_ray.finetune.attempt import _outcome_of
 from s2ft_ray.training import launch
 from s2ft_ray.training.run_folder import RunFolder
 
@@ -130,6 +139,26 @@ def test_a_process_lost_where_ray_train_gives_up_is_told_as_lost(
     with pytest.raises(WorkersLost, match=r"its worker process has died.*--resume goes on"):
         launch.train_with_ray(RunFolder(tmp_path), ELASTIC)
     assert len(trainers) == 1  # not by this process: see launch._GONE
+
+
+@pytest.mark.parametrize(
+    "error", [WorkerGroupError("lost", {0: LOST}), LOST], ids=["the workers", "the controller"]
+)
+def test_workers_that_died_with_their_node_are_told_as_that(
+    error: Exception, cluster: dict[str, float], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    cluster.update(a=4, b=4)
+    told(monkeypatch, error)
+    fit = launch.TorchTrainer.fit
+
+    def lose_a_node(self: Any) -> Any:
+        cluster.pop("b", None)
+        return fit(self)
+
+    monkeypatch.setattr(launch.TorchTrainer, "fit", lose_a_node)
+    with pytest.raises(NodeLost, match=r"lost nodes: b; .*--resume goes on") as raised:
+        launch._fit(RunFolder(tmp_path), ELASTIC)
+    assert _outcome_of(raised.value)["reason"] == "node_lost"
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
