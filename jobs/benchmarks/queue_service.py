@@ -1,14 +1,18 @@
-"""What the service answers in on a real SQLite file, at growing numbers of queued jobs."""
+"""What the service answers in on a real SQLite file while it ticks, at growing numbers of jobs."""
 
+import sys
 import tempfile
+import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from s2ft_ray.accounts import Accounts
+from s2ft_ray.scheduler.actor import keep_ticking
 from s2ft_ray.scheduler.cluster import Amounts
 from s2ft_ray.scheduler.launcher import DriverState
 from s2ft_ray.scheduler.models import Job
@@ -18,6 +22,8 @@ from s2ft_ray.scheduler.views import NodeView
 
 TENANTS = 200
 CALLS = 200
+_PAUSE_S = 0.05
+"""Between calls: twenty a second, each of which may set off a tick."""
 
 
 class _Nodes:
@@ -53,12 +59,12 @@ def measure_service(num_queued: int) -> dict[str, float]:
             scheduler.submit(_document(number))
         scheduler.tick()
         running = [job["id"] for job in scheduler.jobs(states=["starting"], limit=CALLS)]
-        numbers = iter(range(10**6, 10**7))
-        submits = _times(lambda: scheduler.submit(_document(next(numbers))))
-        pages = _times(lambda: scheduler.jobs(limit=100))
-        ids = iter(running * CALLS)
-        beats = _times(lambda: scheduler.heartbeat(next(ids), 1))
         ticks = _times(scheduler.tick, calls=5)
+        numbers, ids = iter(range(10**6, 10**7)), iter(running * CALLS)
+        with _ticking(scheduler):
+            submits = _times(lambda: scheduler.submit(_document(next(numbers))), pause_s=_PAUSE_S)
+            pages = _times(lambda: scheduler.jobs(limit=100), pause_s=_PAUSE_S)
+            beats = _times(lambda: scheduler.heartbeat(next(ids), 1), pause_s=_PAUSE_S)
         store.close()
         accounts.close()
     return {
@@ -72,9 +78,25 @@ def measure_service(num_queued: int) -> dict[str, float]:
     }
 
 
-def _times(call: Callable[[], Any], calls: int = CALLS) -> list[float]:
+@contextmanager
+def _ticking(scheduler: Scheduler) -> Iterator[None]:
+    """Give a context in which the scheduler ticks in a thread, as its actor lets it."""
+    ended, before = threading.Event(), sys.getswitchinterval()
+    thread = threading.Thread(target=keep_ticking, args=(scheduler, ended))
+    thread.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        scheduler.wake.set()
+        thread.join()
+        sys.setswitchinterval(before)
+
+
+def _times(call: Callable[[], Any], calls: int = CALLS, pause_s: float = 0.0) -> list[float]:
     times = []
     for _ in range(calls):
+        time.sleep(pause_s)
         started = time.perf_counter()
         call()
         times.append((time.perf_counter() - started) * 1e3)
