@@ -176,11 +176,13 @@ class Scenario:
         return found
 
     def show(self, what: str) -> None:
-        from s2ft_ray.cli.queue_commands import print_jobs
+        self._run("jobs", note=f"      # {what}")
 
-        print(f"\n$ s2ft jobs      # {what}", flush=True)
-        print_jobs(sorted(self.jobs(), key=lambda job: str(job["name"])))
-        sys.stdout.flush()
+    def _run(self, *command: str, note: str = "") -> None:
+        """Run an `s2ft` command as an operator does, and show what it prints."""
+        done = self.node.s2ft(*command)
+        self.check(done.returncode == 0, f"s2ft {' '.join(command)}: {done.stderr}")
+        print(f"\n$ s2ft {' '.join(command)}{note}\n{done.stdout}", end="", flush=True)
 
     # What must hold
 
@@ -211,10 +213,7 @@ class Scenario:
         print(f"\n{runs} adapters, all with the fingerprint {prints.pop()}")
         (victim,) = stopped
         self._check_story(victim, urgent)
-        print("\n$ s2ft usage", flush=True)
-        for row in self.queue.usage():
-            seconds = row["worker_seconds"]["workers"]
-            print(f"{row['tenant']:<8}{row['num_jobs']:>3} jobs{seconds:>8.0f} worker-seconds")
+        self._run("usage")
 
     def _check_story(self, victim: str, urgent: str) -> None:
         story = self.queue.job(victim)
@@ -227,10 +226,7 @@ class Scenario:
         asked = next(it for it in story["events"] if it["state"] == "preempting")
         self.check(asked["cause"] == "asked to stop: priority", f"the cause is {asked['cause']}")
         self.check(urgent in (asked["detail"] or ""), f"the detail is {asked['detail']}")
-        print(f"\n$ s2ft job {victim}", flush=True)
-        for event in story["events"]:
-            columns = [event["at"][11:19], str(event["attempt"]), f"{event['state']:<11}"]
-            print("  ".join([*columns, f"{event['cause']:<24}", event["detail"] or ""]).rstrip())
+        self._run("job", victim)
 
     def _check_door(self, code: int, output: str) -> None:
         lines = output.splitlines()
