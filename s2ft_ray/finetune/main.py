@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING
 
 from s2ft_ray.config import ParallelConfig, RunConfig, load_config, parse_config
 from s2ft_ray.errors import (
+    CheckpointError,
     ConfigError,
     JobError,
     Preempted,
@@ -187,7 +188,9 @@ def _resume(run: RunFolder) -> int:
     queue = _join_queue()
     if queue is not None:
         _refuse_active(queue, run.run_id)
-    _join_cluster(run.load_config())
+    config = run.load_config()
+    if not run.is_trained:  # to register takes no workers
+        _join_cluster(config)
     _tell(finish_run(run))
     return 0
 
@@ -248,12 +251,21 @@ def _join_cluster(config: RunConfig) -> None:
 
 
 def create_run(plan: "RunPlan", run_id: str | None = None) -> RunFolder:
-    """Make the run's folder with all that its workers read; the data's report comes last."""
+    """Make the run's folder with all that its workers read; the data's report comes last.
+
+    Raises ConfigError or CheckpointError where the storage can't be written.
+    """
     run = create_run_folder(plan.config, run_id)
-    if plan.parent:
-        plan.parent.adapter.save(run.parent)
-        run.write_json("lineage.json", dict(plan.parent.tags))
-    plan.data.save(run.data)
+    try:
+        if plan.parent:
+            plan.parent.adapter.save(run.parent)
+            run.write_json("lineage.json", dict(plan.parent.tags))
+        plan.data.save(run.data)
+    except OSError as error:
+        raise CheckpointError(
+            f"{run.path}: {error.strerror or error}; make room there, or name another"
+            " checkpoint.storage_path"
+        ) from error
     return run
 
 
@@ -281,7 +293,7 @@ def finish_run(
     tags = {**(run.read_json("lineage.json") or {}), "job": run.run_id}
     with TrackedRun.start(config, run_folder=run.path, tags=tags) as tracked:
         tracked.record_data(PreparedData.load(run.data).report)
-        if not run.adapter.exists():
+        if not run.is_trained:
             with ProgressPrinter(run.metrics):
                 train_with_ray(run, parallel or config.parallel)
             if config.tracking.profile:

@@ -146,7 +146,8 @@ class Checkpointer:
     def restore(self, state: TrainState) -> int:
         """Load the newest sound checkpoint into `state`; return its step, 0 where there is none.
 
-        A damaged one is passed over with a warning that names it and what is wrong with it.
+        A damaged one is passed over with a warning that names it and what is wrong with it; where
+        no other is left, the run begins again, which is told too.
         """
         self._on_first_worker(self._remove_partial)
         chosen = self._on_first_worker(self._newest_sound)
@@ -187,7 +188,8 @@ class Checkpointer:
             shutil.rmtree(partial)
 
     def _newest_sound(self) -> tuple[Path, dict[str, Any]] | None:
-        for folder in reversed(self._committed()):
+        committed = self._committed()
+        for folder in reversed(committed):
             try:
                 return folder, _verify_files(folder)
             except CheckpointError as error:
@@ -197,6 +199,8 @@ class Checkpointer:
                 if aside.exists():  # the step was made again, and damaged again
                     shutil.rmtree(aside)
                 folder.rename(aside)
+        if committed:
+            logger.warning("no sound checkpoint is left in %s: from step 0 again", self._folder)
         return None
 
     def _read_back(self, partial: Path, tensors: dict[str, Any]) -> None:

@@ -12,7 +12,7 @@
         metrics.jsonl    one line for each step and evaluation, written by rank 0
         checkpoints/     step-00000050/ ..., see ``checkpoint``
         profile/         a torch trace of each worker, where tracking.profile asks for it
-        adapter/         the trained adapter; it exists only complete
+        adapter/         the trained adapter; whole once its adapter_config.json is there
 
 Invariant: a file here appears by rename, complete or not at all; only ``metrics.jsonl`` and
 ``driver.log`` grow.
@@ -23,13 +23,14 @@ import os
 import secrets
 import socket
 import time
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 from s2ft_ray.config import RunConfig, load_config, s2ft_home
-from s2ft_ray.errors import ConfigError
+from s2ft_ray.errors import CheckpointError, ConfigError
 
 STOP = "stop.json"
 SELECTION = "selection.json"
@@ -60,6 +61,11 @@ class RunFolder:
     @property
     def adapter(self) -> Path:
         return self.path / "adapter"
+
+    @property
+    def is_trained(self) -> bool:
+        """Whether the adapter is whole: its configuration is the file that appears last."""
+        return (self.adapter / "adapter_config.json").is_file()
 
     @property
     def profile(self) -> Path:
@@ -101,13 +107,23 @@ class RunFolder:
         return (self.path / STOP).exists()
 
     def write_json(self, name: str, document: dict[str, Any]) -> None:
-        """Write `name` in one piece: a reader sees the old file or the new one."""
+        """Write `name` in one piece: a reader sees the old file or the new one.
+
+        Raises CheckpointError where the storage can't be written.
+        """
         partial = self.path / f".{name}.{secrets.token_hex(4)}.partial"  # writers may meet
-        with partial.open("w", encoding="utf-8") as file:
-            json.dump(document, file, indent=2)
-            file.flush()
-            os.fsync(file.fileno())
-        partial.rename(self.path / name)
+        try:
+            with partial.open("w", encoding="utf-8") as file:
+                json.dump(document, file, indent=2)
+                file.flush()
+                os.fsync(file.fileno())
+            partial.rename(self.path / name)
+        except OSError as error:
+            with suppress(OSError):
+                partial.unlink()
+            raise CheckpointError(
+                f"{self.path / name}: {error.strerror or error}; make room there"
+            ) from error
 
     def read_json(self, name: str) -> dict[str, Any] | None:
         """Read `name`, or return None where it was never written."""

@@ -7,6 +7,7 @@ no worker waits in a collective for one that has gone.
 
 import dataclasses
 import logging
+import shutil
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -28,7 +29,7 @@ from s2ft_ray.data import (
     eval_batches,
     num_steps,
 )
-from s2ft_ray.errors import AdapterError, Diverged, Preempted, S2FTError
+from s2ft_ray.errors import AdapterError, CheckpointError, Diverged, Preempted, S2FTError
 from s2ft_ray.method import (
     Adapter,
     Selection,
@@ -237,9 +238,11 @@ class WorkerPart:
         with _raised_everywhere():
             if self.workers.rank == 0:
                 try:
+                    if not self.run.is_trained:  # what a killed worker has left
+                        shutil.rmtree(self.run.adapter, ignore_errors=True)
                     adapter.save(self.run.adapter)
                 except OSError as error:
-                    raise AdapterError(
+                    raise CheckpointError(
                         f"{self.run.adapter}: {error.strerror or error}; make room there;"
                         " --resume writes it from the last checkpoint"
                     ) from error
@@ -353,8 +356,10 @@ def _convert(
             )
             calibration = SharedCalibration(batches)
         selection = convert(model, config.method, calibration=calibration)
-    if kept is None and dist.get_rank() == 0:
-        run.write_json(SELECTION, selection.to_json())
+    if kept is None:
+        with _raised_everywhere():
+            if dist.get_rank() == 0:
+                run.write_json(SELECTION, selection.to_json())
 
 
 def _choose_layout(
@@ -382,15 +387,16 @@ def _choose_layout(
         logger.info("the base is in %s on %d workers: %s", layout.sharding, size, reason)
     if world is None:
         dist.barrier()  # everybody has looked for world.json before it appears
-        if workers.rank == 0:
-            on_gpu = workers.device.type == "cuda"
-            world = {
-                "world_size": size,
-                "num_threads": torch.get_num_threads(),
-                "sharding": layout.sharding,
-                "device": torch.cuda.get_device_name() if on_gpu else "cpu",
-            }
-            run.write_json("world.json", world)
+        with _raised_everywhere():
+            if workers.rank == 0:
+                on_gpu = workers.device.type == "cuda"
+                world = {
+                    "world_size": size,
+                    "num_threads": torch.get_num_threads(),
+                    "sharding": layout.sharding,
+                    "device": torch.cuda.get_device_name() if on_gpu else "cpu",
+                }
+                run.write_json("world.json", world)
     return layout
 
 

@@ -4,7 +4,9 @@ import dataclasses
 import errno
 import itertools
 import json
+import logging
 import os
+import re
 import subprocess
 from pathlib import Path
 from typing import Any
@@ -17,8 +19,9 @@ from gloo import GlooPool
 
 from s2ft_ray.bases import load_base_model
 from s2ft_ray.config import OptimConfig
+from s2ft_ray.data import PreparedData, TrainLoader
 from s2ft_ray.errors import AdapterError, CheckpointError, JobError
-from s2ft_ray.method import Adapter, convert, extract_adapter
+from s2ft_ray.method import Adapter, adapter_files, convert, extract_adapter
 from s2ft_ray.training import checkpoint, worker
 from s2ft_ray.training.objective import target_loss
 from s2ft_ray.training.optimizer import learning_rate
@@ -289,6 +292,37 @@ def test_a_damaged_checkpoint_is_passed_over(
     assert (run.checkpoints / "damaged-step-00000004").is_dir()
 
 
+def test_damaged_checkpoints_are_told_and_without_a_sound_one_the_run_begins_again(
+    two: GlooPool, tmp_path: Path, base: Path
+) -> None:
+    run = interrupted_run(two, tmp_path / "cut", base)
+    for step in (2, 4):
+        (run.checkpoints / f"step-{step:08d}" / checkpoint.MANIFEST).write_text("{")
+    told, none = two.run(warnings_of_training, run.path)
+    newest, older, again = told
+    assert f"{run.checkpoints}/step-00000004/checkpoint.json: unreadable" in newest
+    assert newest.endswith("; trying the one before")
+    assert f"{run.checkpoints}/step-00000002/checkpoint.json: unreadable" in older
+    assert again == f"no sound checkpoint is left in {run.checkpoints}: from step 0 again"
+    assert none == []
+    assert [line["step"] for line in runs.read_metrics(run, "start")] == [0, 0]
+    assert fingerprint(run) == fingerprint(train_in(two, tmp_path / "whole", base))
+
+
+def warnings_of_training(path: Path) -> list[str]:
+    """Train; return what this worker has warned of in its log."""
+    told: list[str] = []
+    handler = logging.Handler(logging.WARNING)
+    handler.emit = lambda record: told.append(record.getMessage())  # type: ignore[method-assign]
+    logger = logging.getLogger("s2ft_ray")
+    logger.addHandler(handler)
+    try:
+        runs.train(path)
+    finally:
+        logger.removeHandler(handler)
+    return told
+
+
 def test_a_fault_of_the_first_worker_alone_is_raised_on_all(
     two: GlooPool, tmp_path: Path, base: Path
 ) -> None:
@@ -395,22 +429,57 @@ def test_an_adapter_for_which_there_is_no_room_is_written_by_the_next_start(
     two: GlooPool, tmp_path: Path, base: Path
 ) -> None:
     run = runs.make_run(tmp_path, base, parallel={"num_workers": 2})
-    with pytest.raises(AdapterError, match=r"adapter: No space left on device; make room there"):
+    with pytest.raises(CheckpointError, match=r"adapter: No space left on device; make room there"):
         two.run(train_on_a_full_disk, run.path)
-    assert not run.adapter.exists()
+    assert run.adapter.exists()  # as far as it came
+    assert not run.is_trained
+    (run.adapter / ".adapter_model.safetensors.kw3").write_bytes(b"of a killed worker")
     two.run(runs.train, run.path)
+    assert run.is_trained
+    assert len(list(run.adapter.iterdir())) == 2
     assert [line["step"] for line in runs.read_metrics(run, "start")] == [0, 6]
     assert len(runs.read_metrics(run, "train")) == 6
     assert fingerprint(run) == fingerprint(train_in(two, tmp_path / "whole", base))
 
 
 def train_on_a_full_disk(path: Path) -> None:
-    def save(_adapter: Adapter, _path: Path) -> None:
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(adapter_files, "replace_files", fill_the_disk)
+        runs.train(path)
+
+
+def fill_the_disk(*_: Any) -> None:
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+@pytest.mark.parametrize("name", ["world.json", "selection.json"])
+def test_what_the_first_worker_has_no_room_to_note_is_told_by_all(
+    two: GlooPool, tmp_path: Path, base: Path, name: str
+) -> None:
+    run = runs.make_run(tmp_path, base, parallel={"num_workers": 2})
+    for fault in two.run(fault_without_room_for, run.path, name):
+        assert fault == f"{run.path / name}: No space left on device; make room there"
+    assert not (run.path / name).exists()
+    assert not list(run.path.glob(".*"))
+    two.run(runs.train, run.path)
+    assert run.is_trained
+
+
+def fault_without_room_for(path: Path, name: str) -> str:
+    """Return what the run ends with where the file `name` can't be written."""
+    real = RunFolder.write_json
+
+    def write(run: RunFolder, wanted: str, document: dict[str, Any]) -> None:
+        with pytest.MonkeyPatch.context() as patch:
+            if wanted == name:
+                patch.setattr(os, "fsync", fill_the_disk)
+            real(run, wanted, document)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(worker.Adapter, "save", save)
-        runs.train(path)
+        patch.setattr(RunFolder, "write_json", write)
+        with pytest.raises(CheckpointError) as caught:
+            runs.train(path)
+    return str(caught.value)
 
 
 def test_workers_that_hold_different_adapters_write_none(
@@ -468,7 +537,27 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_rows(
     assert "step 2: the loss or its gradient is not finite" in str(caught.value)
     assert "lower optim.lr" in str(caught.value)
     assert "last good checkpoint: step 1" in str(caught.value)
+    told = re.search(r"rows of that batch: lines ([\d, ]+);", str(caught.value))
+    assert told is not None
+    assert [int(line) for line in told[1].split(", ")] == lines_of_step(run, 2)
     assert not run.adapter.exists()
+
+
+def lines_of_step(run: RunFolder, number: int) -> list[int]:
+    """Return the lines of the rows that one worker alone would have in a step, from 1."""
+    config, data = run.load_config(), PreparedData.load(run.data)
+    loader = TrainLoader(
+        data.train,
+        global_batch_size=config.optim.global_batch_size,
+        micro_batch_size=config.optim.micro_batch_size,
+        rank=0,
+        world_size=1,
+        seed=config.seed,
+        pad_id=0,
+        groups=data.groups,
+    )
+    *_, step = (loader.next_step() for _ in range(number))
+    return sorted(step.lines)
 
 
 def test_a_full_disk_is_one_clear_fault_and_loses_nothing(

@@ -1,5 +1,6 @@
 """Prepared data: the split, the report, and what workers load."""
 
+import dataclasses
 import hashlib
 import json
 from pathlib import Path
@@ -14,6 +15,7 @@ from data_parts import (
     instruction_row,
     write_rows,
 )
+from full_disk import file_limit
 from transformers import AutoTokenizer
 
 from s2ft_ray.data import PreparedData, encode_prompt, prepare_data, preview
@@ -51,6 +53,16 @@ def test_nothing_is_held_out_where_an_eval_file_is_named(tmp_path):
     held_out = write_rows(tmp_path / "e.jsonl", [instruction_row(i) for i in range(3)])
     data = prepare(tmp_path, 1, eval=held_out)
     assert (len(data.train), len(data.eval)) == (1, 3)
+
+
+def test_a_report_for_which_there_is_room_in_part_is_none(tmp_path):
+    data = prepare(tmp_path, 10)
+    report = dataclasses.replace(data.report, notes=["x" * 2**20])
+    with file_limit(2**19), pytest.raises(OSError, match="File too large"):
+        dataclasses.replace(data, report=report).save(tmp_path / "data")
+    assert not (tmp_path / "data" / "report.json").exists()
+    data.save(tmp_path / "data")
+    assert PreparedData.load(tmp_path / "data").report == data.report
 
 
 def test_an_array_gives_the_rows_of_the_lines(tmp_path):
