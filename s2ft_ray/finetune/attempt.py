@@ -6,7 +6,6 @@ nothing is written for an attempt that another one has followed.
 
 import errno
 import io
-import json
 import os
 import sys
 import threading
@@ -34,6 +33,7 @@ from s2ft_ray.errors import (
 )
 from s2ft_ray.scheduler.client import QueueClient
 from s2ft_ray.scheduler.models import FailureReason
+from s2ft_ray.training.metrics_reader import MetricsReader
 from s2ft_ray.training.run_folder import RunFolder
 
 HEARTBEAT_S = 2.0
@@ -137,8 +137,9 @@ class Attempt:
                 continue
             if answer == "stop":
                 self.was_asked = True
-                if self.claim.run.path.is_dir():
-                    self.claim.run.request_stop("the queue")
+                with suppress(CheckpointError):  # a full disk; the queue asks again
+                    if self.claim.run.path.is_dir():
+                        self.claim.run.request_stop("the queue")
 
 
 def _outcome_of(error: BaseException) -> dict[str, Any]:
@@ -168,8 +169,7 @@ class _Metrics:
     """What the lines that this attempt added to the metrics file say."""
 
     def __init__(self, path: Path, rows_per_step: int) -> None:
-        self._path, self._rows_per_step = path, rows_per_step
-        self._offset = path.stat().st_size if path.exists() else 0
+        self._reader, self._rows_per_step = MetricsReader(path), rows_per_step
         self._total_steps = 0
         self._num_steps = 0
         self.progress: dict[str, Any] | None = None
@@ -182,22 +182,10 @@ class _Metrics:
 
     def read(self) -> None:
         """Take in what is new."""
-        if not self._path.exists():
-            return
-        with self._path.open("rb") as file:
-            file.seek(self._offset)
-            for line in file:
-                if not line.endswith(b"\n"):
-                    break
-                self._offset += len(line)
-                if line.strip():
-                    self._add(line)
+        for line in self._reader.read():
+            self._add(line)
 
-    def _add(self, text: bytes) -> None:
-        try:
-            line = json.loads(text)
-        except ValueError:  # a full disk cut it short, and the next one follows it
-            return
+    def _add(self, line: dict[str, Any]) -> None:
         if line["kind"] == "start":
             self._total_steps = line["total_steps"]
         elif line["kind"] == "train":

@@ -23,27 +23,27 @@ Value = float | int | str | list[dict[str, str]]
 class MetricsLog:
     """Appends lines ``{"kind", "step", "time", ...}`` to one file.
 
-    A line that can't be written (a full disk) is kept and written before the next one; the
-    checkpoint is what stops a run on a full disk.
+    What can't be written (a full disk) is kept and written before the next line, from the byte
+    on at which the disk was full; the checkpoint is what stops a run on a full disk.
     """
 
     def __init__(self, path: Path) -> None:
         self._path = path
-        self._pending: list[str] = []
+        self._pending = b""
         if path.exists() and not path.read_bytes().endswith(b"\n"):
-            self._pending.append("\n")  # the writer before was killed within a line
+            self._pending = b"\n"  # the writer before was killed within a line
 
     def write(self, kind: str, step: int, **values: Value) -> None:
         """Append one line; `kind` is ``start``, ``train``, ``eval``, ``stop`` or ``end``."""
         line = {"kind": kind, "step": step, "time": time.time(), **values}
-        self._pending.append(json.dumps(line) + "\n")
+        self._pending += json.dumps(line).encode() + b"\n"
         try:
-            with self._path.open("a", encoding="utf-8") as file:
-                file.write("".join(self._pending))
+            with self._path.open("ab", buffering=0) as file:
+                while self._pending:
+                    self._pending = self._pending[file.write(self._pending) :]
         except OSError as error:
-            logger.warning("%s: %s; %d lines wait", self._path, error, len(self._pending))
-        else:
-            self._pending.clear()
+            count = self._pending.count(b"\n")
+            logger.warning("%s: %s; %d lines wait", self._path, error, count)
 
     def write_step(
         self,

@@ -1,9 +1,10 @@
 """The run as a person sees it in the job's log: one line for each step, evaluation and sample."""
 
-import json
 import threading
 from pathlib import Path
 from typing import Any
+
+from s2ft_ray.training.metrics_reader import MetricsReader
 
 POLL_S = 0.5
 # At most so many step lines a second; evaluations and the last step are always shown.
@@ -14,12 +15,11 @@ class ProgressPrinter:
     """Follows a run's ``metrics.jsonl`` from a thread and prints what is new in it."""
 
     def __init__(self, metrics: Path) -> None:
-        self._metrics = metrics
+        self._reader = MetricsReader(metrics)
         self._stopped = threading.Event()
         self._thread = threading.Thread(target=self._follow, daemon=True)
         self._total = 0
         self._shown_at = 0.0
-        self._offset = metrics.stat().st_size if metrics.exists() else 0
 
     def __enter__(self) -> "ProgressPrinter":
         self._thread.start()
@@ -35,16 +35,8 @@ class ProgressPrinter:
         self._print_new()
 
     def _print_new(self) -> None:
-        if not self._metrics.exists():
-            return
-        with self._metrics.open("rb") as file:
-            file.seek(self._offset)
-            for line in file:
-                if not line.endswith(b"\n"):
-                    break
-                self._offset += len(line)
-                if line.strip():
-                    self._print(json.loads(line))
+        for line in self._reader.read():
+            self._print(line)
 
     def _print(self, line: dict[str, Any]) -> None:
         if line["kind"] == "start":
