@@ -23,13 +23,15 @@ from typing import Any, NoReturn
 from s2ft_ray.config import RunConfig
 from s2ft_ray.finetune.attempt import Claim
 from s2ft_ray.scheduler.client import QueueClient
+from s2ft_ray.scheduler.models import FailureReason
 
 POLL_S = 1.0
 _CHECK_AFTER_S = 3.0
 """A job that waits for longer has its inputs checked meanwhile; others check them at once."""
 _TELL_EVERY_S = 60.0
 _PROGRESS_EVERY_S = 10.0
-_EXIT_CODES = {"succeeded": 0, "failed": 1, "cancelled": 1}
+_TO_MEND = {FailureReason.BAD_INPUT, FailureReason.STORAGE}
+"""Failures for which a command ends with 2 (see ``errors``)."""
 _INTERRUPTED = 130
 
 
@@ -85,8 +87,14 @@ def follow(queue: QueueClient, job_id: str) -> int:
         job = queue.job(job_id)
         teller.tell(job)
         if job["finished_at"] is not None:
-            return _EXIT_CODES[job["state"]]
+            return _exit_code(job)
         time.sleep(2 * POLL_S)
+
+
+def _exit_code(job: dict[str, Any]) -> int:
+    if job["state"] == "succeeded":
+        return 0
+    return 2 if job["state"] == "failed" and job["reason"] in _TO_MEND else 1
 
 
 def become_follower(job_id: str) -> NoReturn:

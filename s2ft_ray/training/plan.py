@@ -20,7 +20,7 @@ from s2ft_ray.data import (
     prepare_data,
     preview,
 )
-from s2ft_ray.errors import ConfigError, S2FTError
+from s2ft_ray.errors import ConfigError, RegistryUnreachable, S2FTError
 from s2ft_ray.method import check_packing, check_supported, count_trainable
 from s2ft_ray.registry import Parent, resolve_parent
 from s2ft_ray.training.layout import describe_group
@@ -133,7 +133,8 @@ def plan_run(config: RunConfig) -> RunPlan:
     """Check everything that can be known before a worker starts, and encode the data.
 
     Raises ConfigError, DataError or AdapterError with one line for each fault: first those of
-    the base and the method, together with those of the data where both can be known.
+    the base and the method, together with those of the data where both can be known;
+    RegistryUnreachable where a registered parent can't be looked up now.
     """
     config = _resolve_names(config)
     model_config = load_model_config(config.model)
@@ -151,6 +152,8 @@ def plan_run(config: RunConfig) -> RunPlan:
             num_trainable = parent.adapter.num_parameters
         else:
             num_trainable = count_trainable(model_config, config.method)
+    except RegistryUnreachable:
+        raise  # no fault of the run's: it may be found later
     except S2FTError as error:
         faults += error.faults
     try:

@@ -13,6 +13,7 @@ import pytest
 
 from s2ft_ray.config import parse_config
 from s2ft_ray.errors import (
+    CheckpointError,
     ConfigError,
     Diverged,
     JobError,
@@ -122,6 +123,9 @@ def test_one_driver_too_many_leaves_its_job_in_the_queue(
             "registered acme.bot version 4",
         ),
         (answer("failed", finished_at="now", error="step 3: not finite"), 1, "step 3: not finite"),
+        (answer("failed", finished_at="now", reason="diverged", error="no"), 1, "no"),
+        (answer("failed", finished_at="now", reason="bad_input", error="rows: no"), 2, "rows: no"),
+        (answer("failed", finished_at="now", reason="storage", error="full"), 2, "full"),
         (answer("cancelled", finished_at="now", reason="cancelled"), 1, "cancelled"),
     ],
 )
@@ -146,6 +150,27 @@ def test_a_driver_that_is_told_to_end_takes_its_job_out_of_the_queue() -> None:
     queue.poll = poll  # type: ignore[method-assign]
     assert wait(queue, {**answer(), "is_new": True, "may_wait": True}) == 130
     assert queue.cancelled == ["job-1"]
+
+
+@pytest.mark.parametrize(("code", "is_refused"), [(2, True), (1, False), (0, False)])
+def test_bad_input_takes_a_waiting_job_out_of_the_queue_and_an_mlflow_that_is_away_does_not(
+    code: int,
+    is_refused: bool,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    program = f"import sys; print('error: data.train: no', file=sys.stderr); sys.exit({code})"
+    check = subprocess.Popen([sys.executable, "-c", program], stderr=subprocess.PIPE, text=True)
+    assert check.wait() == code
+    monkeypatch.setattr(waiting, "_CHECK_AFTER_S", 0.0)
+    monkeypatch.setattr(waiting, "_start_check", lambda _config, _folder: check)
+    queue = FakeQueue(answer(), answer("starting"))
+    got = wait(queue, {**answer(), "is_new": True, "may_wait": True})
+    assert queue.cancelled == (["job-1"] if is_refused else [])
+    assert got == 2 if is_refused else isinstance(got, Claim)
+    assert ("error: data.train: no" in capsys.readouterr().err) is is_refused
+    assert check.stderr is not None
+    check.stderr.close()
 
 
 def test_waiting_needs_no_torch() -> None:
@@ -201,6 +226,7 @@ def test_a_stop_that_the_queue_asks_for_reaches_the_run(tmp_path: Path) -> None:
     ("error", "reason"),
     [
         (ConfigError("model.name_or_path: no"), "bad_input"),
+        (CheckpointError("adapter: no room"), "storage"),
         (Diverged("step 3: not finite"), "diverged"),
         (OutOfMemory("worker 0: out of memory"), "out_of_memory"),
         (RegistryUnreachable("MLflow is away"), "registry"),
@@ -227,6 +253,25 @@ def test_a_driver_that_was_given_up_ends_at_once(tmp_path: Path) -> None:
     with Attempt(queue, claim, 0.001, codes.append):  # type: ignore[arg-type]
         assert queue.told.wait(10)
     assert codes == [1]
+
+
+def test_a_stop_for_which_the_disk_has_no_room_is_asked_for_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real, asked = RunFolder.request_stop, []
+
+    def request(run: RunFolder, reason: str) -> None:
+        asked.append(reason)
+        if len(asked) == 1:
+            raise CheckpointError("stop.json: No space left on device")
+        real(run, reason)
+
+    monkeypatch.setattr(RunFolder, "request_stop", request)
+    with begin(FakeQueue(beat="stop"), tmp_path) as attempt:
+        deadline = time.monotonic() + 10
+        while not attempt.claim.run.is_stop_requested():
+            assert time.monotonic() < deadline
+            time.sleep(0.001)
 
 
 def test_a_scheduler_that_is_away_stops_nothing(tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from s2ft_ray.bases import load_tokenizer
 from s2ft_ray.config import ModelConfig, parse_config
+from s2ft_ray.errors import RegistryUnreachable
 from s2ft_ray.method import convert
 from s2ft_ray.training.memory import estimate_memory, measure_base
 from s2ft_ray.training.parallel import Layout
@@ -167,6 +168,21 @@ def test_an_elastic_hybrid_run_is_planned_at_its_smallest_size(
     (cost,) = plan_run(parse_config(document)).costs
     assert cost.layout == Layout("hybrid", 1, 1)
     assert cost.traffic.total == 0
+
+
+def test_an_mlflow_that_is_away_is_no_fault_of_a_run_with_a_registered_parent(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("S2FT_HOME", str(tmp_path))
+    document = {
+        "tenant": "acme",
+        "name": "child",
+        "data": {"train": str(tmp_path / "rows.jsonl")},
+        "registry": {"parent": "acme.bot"},
+        "tracking": {"uri": "http://127.0.0.1:1"},
+    }
+    with pytest.raises(RegistryUnreachable, match=r"acme\.bot: can't be looked up: MLflow at"):
+        plan_run(parse_config(document))
 
 
 def test_packing_is_told_with_how_full_the_sequences_are(
