@@ -6,6 +6,7 @@ call goes through a client that was made for one URI.
 
 import os
 import re
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -27,6 +28,11 @@ _HTTP_LIMITS = {
     "MLFLOW_HTTP_REQUEST_BACKOFF_JITTER": "0",
     "MLFLOW_HTTP_REQUEST_TIMEOUT": "10",
 }
+_S3_ERRORS = (
+    ("boto3.exceptions", "Boto3Error"),
+    ("botocore.exceptions", "BotoCoreError"),
+    ("botocore.exceptions", "ClientError"),
+)
 _LOOPBACK = {"localhost", "127.0.0.1", "::1"}
 
 
@@ -48,11 +54,17 @@ def reaching(uri: str, purpose: str) -> Iterator[None]:
     """Turn what goes wrong between here and MLflow into RegistryUnreachable: URI and way out."""
     try:
         yield
-    except (MlflowException, SQLAlchemyError, OSError) as error:
+    except (MlflowException, SQLAlchemyError, OSError, *_s3_errors()) as error:
         raise RegistryUnreachable(
             f"{purpose}: MLflow at {uri} can't be used: {first_line(error)}; start it"
             " (`s2ft up`), or name another in tracking.uri or $MLFLOW_TRACKING_URI"
         ) from error
+
+
+def _s3_errors() -> tuple[type[Exception], ...]:
+    """Return what an artifact store in S3 raises, where MLflow has loaded its client."""
+    loaded = ((sys.modules.get(module), name) for module, name in _S3_ERRORS)
+    return tuple(getattr(module, name) for module, name in loaded if module is not None)
 
 
 def is_missing(error: MlflowException) -> bool:

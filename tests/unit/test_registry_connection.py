@@ -1,12 +1,16 @@
 from pathlib import Path
 
 import pytest
+from boto3.exceptions import S3UploadFailedError
+from botocore.exceptions import ClientError, EndpointConnectionError
+from method_models import build_model
 from mlflow.exceptions import MlflowException
 from sqlalchemy.exc import OperationalError
 
-from s2ft_ray.config import RunConfig, parse_config
+from s2ft_ray.config import RunConfig, S2FTConfig, parse_config
 from s2ft_ray.errors import RegistryUnreachable
-from s2ft_ray.registry import default_tracking_uri
+from s2ft_ray.method import convert, extract_adapter
+from s2ft_ray.registry import RegisteredVersion, default_tracking_uri, register_adapter, versions
 from s2ft_ray.registry.connection import artifact_location, reaching
 from s2ft_ray.registry.delivery import metric_key
 
@@ -70,6 +74,9 @@ def test_a_metrics_name_is_one_that_mlflow_takes() -> None:
         OperationalError("INSERT", {}, Exception("database or disk is full")),
         MlflowException("server error"),
         ConnectionRefusedError("nobody listens"),
+        S3UploadFailedError("Failed to upload adapter_model.safetensors to acme/model"),
+        EndpointConnectionError(endpoint_url="https://s3.example.com"),
+        ClientError({"Error": {"Code": "SlowDown"}}, "GetObject"),
     ],
 )
 def test_what_goes_wrong_with_mlflow_is_the_registrys_fault(error: Exception) -> None:
@@ -78,3 +85,34 @@ def test_what_goes_wrong_with_mlflow_is_the_registrys_fault(error: Exception) ->
         reaching("u", "r1: not registered"),
     ):
         raise error
+
+
+@pytest.mark.usefixtures("home")
+@pytest.mark.parametrize("num_failures", [2, 4])
+def test_a_registration_is_tried_four_times(
+    num_failures: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = build_model()
+    convert(model, S2FTConfig(budgets={"down": 0.1}))
+    extract_adapter(model).save(tmp_path / "adapter")
+    made = RegisteredVersion("a.b", 1, "champion", "f" * 64)
+    faults = [S3UploadFailedError("s3 is down"), MlflowException("server error")] * 2
+
+    def complete(*_: object) -> RegisteredVersion:
+        if len(faults) > 4 - num_failures:
+            raise faults.pop()
+        return made
+
+    monkeypatch.setattr(versions._Registration, "complete", complete)
+    pauses_s: list[float] = []
+
+    def register() -> RegisteredVersion:
+        folder = tmp_path / "adapter"
+        return register_adapter(folder, config(), mlflow_run_id="r1", sleep=pauses_s.append)
+
+    if num_failures == 4:
+        with pytest.raises(RegistryUnreachable, match=r"trained but not registered: .*s3 is down"):
+            register()
+    else:
+        assert register() == made
+    assert pauses_s == [1.0, 4.0, 10.0][:num_failures]
