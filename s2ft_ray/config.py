@@ -28,6 +28,8 @@ from pydantic_core import ErrorDetails
 from s2ft_ray.errors import ConfigError
 
 NAME_PATTERN = r"^[a-z0-9][a-z0-9-]{0,62}$"
+RESERVED_ALIAS = re.compile(r"(?i:latest)|[vV][0-9]+")
+"""What MLflow takes for no alias, but for a version."""
 Projection = Literal["q", "k", "v", "o", "up", "gate", "down"]
 Share = Annotated[float, Field(gt=0, le=1)]
 
@@ -291,10 +293,18 @@ class CheckpointConfig(Section):
     """Which step becomes the adapter: the last, or the one whose held-out loss was lowest."""
 
 
+def _check_alias(alias: str) -> str:
+    if RESERVED_ALIAS.fullmatch(alias):
+        raise ValueError("is reserved by MLflow; take another than latest or v<N>")
+    return alias
+
+
 class RegistryConfig(Section):
     """What becomes of the adapter."""
 
-    alias: str = Field(default="champion", pattern=r"^[A-Za-z][A-Za-z0-9_-]{0,62}$")
+    alias: Annotated[str, AfterValidator(_check_alias)] = Field(
+        default="champion", pattern=r"^[A-Za-z][A-Za-z0-9_-]{0,62}$"
+    )
     """The alias that the new version gets."""
     parent: str | None = None
     """An adapter to start from: ``<tenant>.<name>[:version|@alias]``, or an adapter's folder."""
@@ -408,6 +418,11 @@ class _Loader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
+# A date or number that can't be (2024-13-45, 5,000 digits) is a ValueError of PyYAML, a tag that
+# doesn't fit its value one of LookupError or AttributeError, too deep a nesting a RecursionError.
+_YAML_FAULTS = (yaml.YAMLError, ValueError, LookupError, AttributeError, RecursionError)
+
+
 def load_config(path: str | Path, overrides: list[str] | None = None) -> RunConfig:
     """Read a run from a YAML file, with ``section.key=value`` overrides applied in order.
 
@@ -419,7 +434,7 @@ def load_config(path: str | Path, overrides: list[str] | None = None) -> RunConf
         document = yaml.load(path.read_text(encoding="utf-8"), _Loader)
     except OSError as error:
         raise ConfigError(f"{path}: can't be read: {error.strerror or error}") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except _YAML_FAULTS as error:
         raise ConfigError(f"{path}: no valid YAML: {' '.join(str(error).split())}") from error
     if not isinstance(document, dict):
         raise ConfigError(f"{path}: holds {type(document).__name__}, not a mapping of sections")
@@ -457,7 +472,7 @@ def _apply_override(document: dict[str, Any], override: str) -> None:
         section = child
     try:
         value = yaml.safe_load(text)
-    except yaml.YAMLError as error:
+    except _YAML_FAULTS as error:
         raise ConfigError(f"--set {override}: no valid YAML value: {text!r}") from error
     section[last] = value
 

@@ -7,7 +7,7 @@ takes ``.acme`` or ``acme@x`` as names, so every name is checked here before MLf
 import re
 from dataclasses import dataclass
 
-from s2ft_ray.config import NAME_PATTERN
+from s2ft_ray.config import NAME_PATTERN, RESERVED_ALIAS
 from s2ft_ray.errors import ConfigError
 
 DEFAULT_ALIAS = "champion"
@@ -15,7 +15,6 @@ EVERYONE = "*"
 """In place of the tenants that a model is shared with: all of them."""
 _PART = re.compile(NAME_PATTERN.removesuffix("$") + r"\Z")
 _ALIAS = re.compile(r"[A-Za-z][A-Za-z0-9_-]{0,62}\Z")
-_RESERVED_ALIAS = re.compile(r"(latest|[vV][0-9]+)\Z")
 _FORMS = "write <tenant>.<name>, <tenant>.<name>@<alias> or <tenant>.<name>:<version>"
 
 
@@ -88,7 +87,7 @@ def check_tenant(tenant: str) -> None:
 def check_alias(alias: str, ref: str | None = None) -> None:
     """Raise ConfigError for an alias that MLflow would refuse or take for something else."""
     shown = f"{alias!r}" if ref is None else f"{ref!r}: {alias!r}"
-    if _RESERVED_ALIAS.match(alias):
+    if RESERVED_ALIAS.fullmatch(alias):
         raise ConfigError(f"{shown} is reserved by MLflow; take another alias than latest or v<N>")
     if not _ALIAS.match(alias):
         raise ConfigError(

@@ -30,7 +30,6 @@ from s2ft_ray.registry.delivery import METRICS, Delivery
 from s2ft_ray.registry.deltas import measure_deltas
 from s2ft_ray.registry.figures import draw_deltas, draw_loss, draw_selection
 from s2ft_ray.registry.journal import Entry, Journal, MetricsFile, Point
-from s2ft_ray.registry.names import check_alias
 
 log = logging.getLogger(__name__)
 
@@ -59,11 +58,7 @@ class TrackedRun:
         tags: Mapping[str, str] | None = None,
         interval_s: float = 1.0,
     ) -> Self:
-        """Begin to record the run in `run_folder`, or go on where an earlier driver stopped.
-
-        Raises ConfigError for an alias that the registry would refuse after the training.
-        """
-        check_alias(config.registry.alias)
+        """Begin to record the run in `run_folder`, or go on where an earlier driver stopped."""
         journal, delivery = _open(config, run_folder)
         if journal.is_new:
             document = run_folder / "config.yaml"
@@ -131,13 +126,20 @@ class TrackedRun:
         self.record_file(figure, "figures")
 
     def _record_selection(self) -> None:
-        """Draw which heads and channels the workers have selected, where they have noted it."""
+        """Draw which heads and channels the workers have selected, where they have noted it.
+
+        What can't be drawn is logged and left out.
+        """
         document, figure = self._folder / SELECTION, self._folder / "figures" / "selection.png"
         if not document.exists():  # an adapter that wasn't trained in this folder
             return
-        selection = Selection.from_json(json.loads(document.read_text(encoding="utf-8")))
-        draw_selection(selection, figure, f"{self._config.registered_name}: what is trained")
         self.record_file(document)
+        try:
+            selection = Selection.from_json(json.loads(document.read_text(encoding="utf-8")))
+            draw_selection(selection, figure, f"{self._config.registered_name}: what is trained")
+        except (OSError, ValueError, KeyError) as error:
+            log.warning("the selection can't be drawn: %s", error)
+            return
         self.record_file(figure, "figures")
 
     def record_file(self, path: Path, folder: str = "") -> None:

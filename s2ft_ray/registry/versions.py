@@ -32,7 +32,6 @@ from s2ft_ray.method import Adapter
 from s2ft_ray.registry.aliases import move_alias
 from s2ft_ray.registry.connection import connect, default_tracking_uri, reaching
 from s2ft_ray.registry.lineage import LINEAGE_TAGS
-from s2ft_ray.registry.names import check_alias
 from s2ft_ray.registry.resolution import adapter_folder
 
 log = logging.getLogger(__name__)
@@ -70,7 +69,6 @@ def register_adapter(
 
     Raises AdapterError for a damaged adapter, RegistryUnreachable where MLflow can't be used.
     """
-    check_alias(config.registry.alias)
     adapter = Adapter.load(folder)
     uri = default_tracking_uri(config)
     registration = _Registration(folder, adapter, config, mlflow_run_id, tags or {}, metrics or {})

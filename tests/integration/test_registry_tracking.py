@@ -27,7 +27,7 @@ from s2ft_ray.bases import load_base_model
 from s2ft_ray.config import DataConfig, ModelConfig, RunConfig, WeightedFile
 from s2ft_ray.data import DataReport
 from s2ft_ray.data.prepared import Source
-from s2ft_ray.errors import ConfigError, JobError
+from s2ft_ray.errors import JobError
 from s2ft_ray.method import Selection, convert
 from s2ft_ray.registry import TrackedRun, deliver_run
 
@@ -304,14 +304,6 @@ def test_a_failing_job_is_marked_failed_and_an_interrupted_one_killed(
         ):
             raise error
         assert client.get_run(tracked.run_id).info.status == status
-
-
-def test_an_alias_that_mlflow_would_refuse_stops_the_run_at_its_start(
-    home: Path, run_folder: Path
-) -> None:
-    wrong = run_config(home / "base", registry={"alias": "latest"})
-    with pytest.raises(ConfigError, match="'latest' is reserved"):
-        TrackedRun.start(wrong, run_folder=run_folder)
 
 
 def test_an_experiment_deleted_in_mlflow_is_told_with_the_way_out(

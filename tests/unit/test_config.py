@@ -59,6 +59,9 @@ def test_overrides_apply_in_order_and_reach_new_sections(tmp_path: Path) -> None
         ({"parallel": {"num_workers": [4, 1]}}, "parallel: num_workers [4, 1] is no range"),
         ({"parallel": {"num_workers": 0}}, "parallel.num_workers"),
         ({"tenant": "Acme Inc"}, "tenant: string should match pattern"),
+        ({"registry": {"alias": "latest"}}, "registry.alias: is reserved by MLflow; take another"),
+        ({"registry": {"alias": "V1"}}, "registry.alias: is reserved by MLflow; take another"),
+        ({"registry": {"alias": "1"}}, "registry.alias: string should match pattern"),
         ({"data": {}}, "data.train: is required"),
         (
             {"data": {"train": [{"path": "a", "wieght": 2}]}},
@@ -107,6 +110,12 @@ def test_every_fault_is_told_at_once() -> None:
         ("optim:\n  lr: 1\n  lr: 2", "the key lr stands twice in"),
         ("- 1", "holds list, not a mapping"),
         ("\x00", "no valid YAML"),
+        ("name: 2024-13-45", "no valid YAML: month must be in 1..12"),
+        ("seed: " + "1" * 5000, "no valid YAML: Exceeds the limit"),
+        ("a: " + "[" * 100_000, "no valid YAML: maximum recursion depth exceeded"),
+        ("name: !!bool bot", "no valid YAML"),
+        ("name: !!int ''", "no valid YAML"),
+        ("name: !!timestamp bot", "no valid YAML"),
     ],
 )
 def test_an_unreadable_file_is_one_clear_fault(
@@ -121,7 +130,9 @@ def test_an_unreadable_file_is_one_clear_fault(
     assert expected in str(caught.value)
 
 
-@pytest.mark.parametrize("override", ["lr", "=1", "tenant.x=1", "data.train=[}"])
+@pytest.mark.parametrize(
+    "override", ["lr", "=1", "tenant.x=1", "data.train=[}", "name=2024-99-99", "a=" + "[" * 100_000]
+)
 def test_a_bad_override_is_named(tmp_path: Path, override: str) -> None:
     path = tmp_path / "run.yaml"
     path.write_text("tenant: acme\nname: bot\ndata: {train: a}\n")

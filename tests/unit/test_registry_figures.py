@@ -10,7 +10,7 @@ from matplotlib.image import imread
 from method_models import build_model
 from safetensors.torch import save_file
 
-from s2ft_ray.config import S2FTConfig
+from s2ft_ray.config import S2FTConfig, parse_config
 from s2ft_ray.method import Adapter, AdapterSlice, BaseInfo, Selection, convert
 from s2ft_ray.registry.deltas import ModuleDelta, measure_deltas
 from s2ft_ray.registry.figures import (
@@ -20,7 +20,8 @@ from s2ft_ray.registry.figures import (
     draw_loss,
     draw_selection,
 )
-from s2ft_ray.registry.journal import Point
+from s2ft_ray.registry.journal import Entry, Journal, Point
+from s2ft_ray.registry.tracking import TrackedRun
 
 DOWN, UP = "model.layers.0.mlp.down_proj", "model.layers.1.mlp.up_proj"
 
@@ -160,6 +161,26 @@ def test_a_selection_is_a_panel_a_kind_with_as_many_cells_as_are_trained(tmp_pat
     assert channels.shape == (64, 2)
     assert float(channels.max()) <= 1.0
     assert 0.05 < channels.mean() < 0.15  # a tenth, but rows of two channels count like rows of one
+
+
+@pytest.mark.parametrize("fault", ["no room for figures", "a damaged note"])
+def test_what_cant_be_drawn_is_logged_and_left_out(
+    fault: str, base_folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    selection = selection_of("llama", down=0.1)
+    note = "{" if fault == "a damaged note" else json.dumps(selection.to_json())
+    (tmp_path / "selection.json").write_text(note)
+    if fault == "no room for figures":
+        (tmp_path / "figures").write_text("no folder")
+    document = {"tenant": "acme", "name": "bot", "data": {"train": "rows.jsonl"}}
+    config = parse_config({**document, "model": {"name_or_path": str(base_folder)}})
+    journal = Journal(tmp_path / "tracking.json")
+    tracked = TrackedRun(config, tmp_path, journal, None)  # type: ignore[arg-type]
+    tracked.record_adapter(adapter_of(down=part("in", [0], [[0.3], [0.0]])))
+    assert "the selection can't be drawn" in caplog.text
+    assert ("the deltas can't be measured" in caplog.text) == (fault == "no room for figures")
+    first = journal.next_entry()
+    assert first == Entry("artifact", {"path": "selection.json", "folder": ""})
 
 
 def test_layers_without_a_selection_and_experts_can_be_drawn(tmp_path: Path) -> None:

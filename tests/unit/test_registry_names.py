@@ -62,7 +62,7 @@ def test_a_reference_prints_as_it_is_written() -> None:
         assert str(parse_ref(text)) == text
 
 
-@pytest.mark.parametrize("alias", ["latest", "v1", "V20"])
+@pytest.mark.parametrize("alias", ["latest", "Latest", "v1", "V20"])
 def test_an_alias_that_mlflow_reserves_is_refused(alias: str) -> None:
     with pytest.raises(ConfigError, match="reserved by MLflow"):
         check_alias(alias)
