@@ -5,6 +5,8 @@ file and the reason.
 """
 
 import hashlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO, cast
 
@@ -20,8 +22,20 @@ def is_url(name: str) -> bool:
     return "://" in name
 
 
-def open_file(name: str, key: str) -> BinaryIO:
-    """Open `name` for reading; `key` is the config's key that named it."""
+@contextmanager
+def open_file(name: str, key: str) -> Iterator[BinaryIO]:
+    """Open `name` for reading; `key` is the config's key that named it.
+
+    Raises DataError, also for what the block meets while it reads.
+    """
+    with _open(name, key) as file:
+        try:
+            yield file
+        except OSError as error:
+            raise _unreadable(name, key, error) from error
+
+
+def _open(name: str, key: str) -> BinaryIO:
     local = Path(name).expanduser()
     try:
         if is_url(name):
@@ -33,10 +47,14 @@ def open_file(name: str, key: str) -> BinaryIO:
     except IsADirectoryError:
         raise DataError(f"{key}: {name} is a folder; {WANTED} in it") from None
     except OSError as error:
-        raise DataError(f"{key}: {name}: can't be read: {error.strerror or error}") from error
+        raise _unreadable(name, key, error) from error
     except Exception as error:  # what a file system of fsspec raises is its own affair
         reason = " ".join(str(error).split())
         raise DataError(f"{key}: {name}: can't be opened: {reason}") from error
+
+
+def _unreadable(name: str, key: str, error: OSError) -> DataError:
+    return DataError(f"{key}: {name}: can't be read: {error.strerror or error}")
 
 
 def digest_file(name: str, key: str) -> str:

@@ -95,7 +95,7 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 _decoder = json.JSONDecoder(object_pairs_hook=_object)
-_lenient_decoder = json.JSONDecoder()
+_lenient_decoder = json.JSONDecoder(parse_int=str)  # finds the end of a row that it doesn't keep
 
 
 def _parse_line(line: int, raw: bytes) -> Record:
@@ -131,7 +131,9 @@ def _parse_array(text: str) -> Iterator[Record]:
         try:
             value, position = _decoder.raw_decode(text, position)
             yield _record(value, line, where)
-        except _DuplicateKeyError as error:
+        except json.JSONDecodeError:
+            raise
+        except ValueError as error:  # a key twice, a number too large
             _, position = _lenient_decoder.raw_decode(text, position)
             yield Record(line, {}, str(error), where)
         except RecursionError as error:

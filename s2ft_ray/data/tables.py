@@ -37,17 +37,17 @@ class ParquetFile:
     def records(self) -> Iterator[Record]:
         """Read the rows in order. Raises DataError where the file is damaged."""
         number = 0
-        try:
-            with open_file(self.path, self._key) as file:
+        with open_file(self.path, self._key) as file:
+            try:
                 for batch in pq.ParquetFile(file).iter_batches(ROWS_PER_READ):
                     for fields in batch.to_pylist():
                         number += 1
                         yield Record(number, fields, None, f"row {number}")
-        except (pa.ArrowInvalid, OSError) as error:
-            raise DataError(
-                f"{self.path}: is no sound Parquet file (after row {number}):"
-                f" {' '.join(str(error).split())}"
-            ) from error
+            except (pa.ArrowInvalid, OSError) as error:
+                raise DataError(
+                    f"{self.path}: is no sound Parquet file (after row {number}):"
+                    f" {' '.join(str(error).split())}"
+                ) from error
 
 
 class HubDataset:

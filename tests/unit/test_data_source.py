@@ -1,11 +1,18 @@
 """Files as numbered rows: what is told of a file or a line that can't be read."""
 
 import codecs
+import errno
 import hashlib
+import io
 import json
+import os
+from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
+from s2ft_ray.data.location import open_source
 from s2ft_ray.data.source import Record, SourceFile
 from s2ft_ray.errors import DataError
 
@@ -54,16 +61,19 @@ def test_a_line_that_cant_be_read_is_told_and_hides_no_other(tmp_path, line, tol
 
 
 def test_the_rows_of_an_array_keep_their_lines(tmp_path):
-    content = b'[\n {"a": 1},\n\n {"a":\n 2}, {"a": 3}, 4,\n {"b": 1, "b": 1}, {"a": 5}\n]\n'
+    content = b'[\n {"a": 1},\n\n {"a":\n 2}, {"a": 3}, 4,\n {"b": 1, "b": 1}, {"a": 5},\n'
+    content += b'{"a": ' + b"1" * 5000 + b'}, {"a": 6}]\n'
     records = read(tmp_path / "d.json", content)
-    assert [r.line for r in records] == [2, 4, 5, 5, 6, 6]
+    assert [r.line for r in records] == [2, 4, 5, 5, 6, 6, 7, 7]
     assert [r.where for r in records][:3] == ["2 (row 1)", "4 (row 2)", "5 (row 3)"]
-    assert [r.fields.get("a") for r in records] == [1, 2, 3, None, None, 5]
+    assert [r.fields.get("a") for r in records] == [1, 2, 3, None, None, 5, None, 6]
     assert records[3].fault == (
         "is a JSON number, not an object;"
         " write one JSON object per line (JSONL), or one JSON array of objects"
     )
     assert records[4].fault == "b: the key stands twice in one object; keep one of them"
+    assert records[6].fault is not None
+    assert records[6].fault.startswith("Exceeds the limit")
 
 
 @pytest.mark.parametrize(
@@ -118,6 +128,49 @@ def test_a_file_that_cant_be_opened_is_told_with_the_systems_reason():
     name = "x" * 300
     with pytest.raises(DataError, match=rf"^data\.train: {name}: can't be read: File name too"):
         SourceFile(name, "data.train")
+
+
+@pytest.mark.parametrize("suffix", ["jsonl", "json", "parquet"])
+@pytest.mark.parametrize("num_reads", range(5))  # of the heads, of the digest, of the rows
+def test_a_disk_that_fails_while_a_file_is_read_is_told(tmp_path, monkeypatch, suffix, num_reads):
+    path = tmp_path / f"d.{suffix}"
+    if suffix == "parquet":
+        pq.write_table(pa.table({"a": list(range(1_000))}), path)
+    else:
+        path.write_bytes((b"[" if suffix == "json" else b"") + b'{"a": 1}\n' * 1_000)
+    left = [num_reads]
+    monkeypatch.setattr(Path, "open", lambda path, _mode: FailingFile(path, left))
+
+    def use():
+        source = open_source(str(path), "data.train")
+        return source.sha256, list(source.records())
+
+    with pytest.raises(DataError) as caught:
+        use()
+    (fault,) = caught.value.faults
+    assert "Input/output error" in fault
+    assert str(path) in fault
+
+
+class FailingFile(io.FileIO):
+    """A file whose disk fails once no read is `left`, of this or another file."""
+
+    def __init__(self, path: Path, left: list[int]) -> None:
+        super().__init__(path)
+        self._left = left
+
+    def _count(self) -> None:
+        self._left[0] -= 1
+        if self._left[0] < 0:
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    def read(self, size: int = -1) -> bytes:
+        self._count()
+        return super().read(size)
+
+    def readline(self, size: int = -1) -> bytes:
+        self._count()
+        return super().readline(size)
 
 
 @pytest.mark.parametrize("content", [b'{"a": 1}\n\n{"a":\n', b'[\n{"a": 1}\n]\n'])
