@@ -107,6 +107,12 @@ class PreparedData:
         """The training rows of each file, in their order, and the file's weight."""
         return [(one.train_rows, one.weight) for one in self.report.sources if one.train_rows]
 
+    def longest(self) -> int:
+        """Count the tokens of the longest row, those held out included."""
+        masks = ["target_mask", "rejected_mask"][: 2 if self.report.format == "preference" else 1]
+        held_out = [int(count_tokens(self.eval, mask)[0].max()) for mask in masks]
+        return max(self.report.tokens_max, *held_out)
+
     def save(self, folder: str | Path) -> None:
         """Write everything below `folder`."""
         folder = Path(folder)

@@ -5,6 +5,7 @@ from s2ft_ray.method.adapter import Adapter
 from s2ft_ray.method.architectures import (
     check_packing,
     check_supported,
+    num_positions,
     supported_architectures,
 )
 from s2ft_ray.method.base_files import BaseFiles
@@ -56,6 +57,7 @@ __all__ = [
     "fuse",
     "gathers_called_by",
     "looks_at_data",
+    "num_positions",
     "restore",
     "slice_layers",
     "supported_architectures",

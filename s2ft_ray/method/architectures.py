@@ -72,6 +72,8 @@ class Architecture:
     """Norms as wide as the projection that they follow. One of head_dim is none of these."""
     masks_by_position: bool = True
     """Whether its attention mask follows position_ids: what keeps packed rows apart."""
+    learns_positions: bool = False
+    """Whether each position has a trained embedding: past the last one nothing can be computed."""
     files: Files = Files()
 
 
@@ -161,6 +163,7 @@ ARCHITECTURES = {
         "transformer.h",
         {"q": "attn.c_attn", "k": "attn.c_attn", "v": "attn.c_attn", "o": "attn.c_proj"},
         (FeedForward({"up": "mlp.c_fc", "down": "mlp.c_proj"}, size="n_inner"),),
+        learns_positions=True,
         files=Files(prefix="transformer.", ignored=(".attn.bias", ".attn.masked_bias")),
     ),
     "gpt_neox": Architecture(
@@ -183,6 +186,7 @@ ARCHITECTURES = {
         {**_ATTENTION, "o": "self_attn.out_proj"},
         (FeedForward({"up": "fc1", "down": "fc2"}, size="ffn_dim"),),
         masks_by_position=False,
+        learns_positions=True,
         files=Files(prefix="model."),
     ),
     "mixtral": Architecture(
@@ -233,3 +237,11 @@ def check_packing(hf_config: Any) -> None:
             f"data.packing: a {hf_config.model_type} model builds its attention mask without"
             " position_ids, so packed rows would see each other; set data.packing to false"
         )
+
+
+def num_positions(hf_config: Any) -> int | None:
+    """Return how many positions a base has embeddings for; None where it computes them."""
+    architecture = ARCHITECTURES.get(hf_config.model_type)
+    if architecture is None or not architecture.learns_positions:
+        return None
+    return int(hf_config.max_position_embeddings)

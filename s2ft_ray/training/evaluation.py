@@ -89,8 +89,12 @@ def answer(
     max_new_tokens: int,
     workers: Workers,
 ) -> list[str]:
-    """Answer each prompt greedily; all workers do the same work and get the same answers."""
+    """Answer each prompt greedily; all workers do the same work and get the same answers.
+
+    An answer ends with the model's context at the latest.
+    """
     assert isinstance(model, GenerationMixin)
+    context = model.config.max_position_embeddings
     model.eval()
     answers = []
     for prompt in prompts:
@@ -98,7 +102,7 @@ def answer(
         output = model.generate(
             input_ids=ids,
             attention_mask=torch.ones_like(ids),
-            max_new_tokens=max_new_tokens,
+            max_new_tokens=max(1, min(max_new_tokens, context - ids.shape[1])),
             do_sample=False,
             pad_token_id=tokenizer.pad_token_id,
         )

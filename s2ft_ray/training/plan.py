@@ -21,7 +21,7 @@ from s2ft_ray.data import (
     preview,
 )
 from s2ft_ray.errors import ConfigError, RegistryUnreachable, S2FTError
-from s2ft_ray.method import check_packing, check_supported, count_trainable
+from s2ft_ray.method import check_packing, check_supported, count_trainable, num_positions
 from s2ft_ray.registry import Parent, resolve_parent
 from s2ft_ray.training.layout import describe_group
 from s2ft_ray.training.memory import (
@@ -165,6 +165,7 @@ def plan_run(config: RunConfig) -> RunPlan:
             "objective.loss: the rows are preferences (prompt, chosen, rejected): set dpo, or name"
             " other rows in data.train"
         )
+    faults += _find_length_faults(config, model_config, data)
     if faults:
         raise ConfigError(*faults)
     packing = config.data.max_seq_len if config.data.packing else None
@@ -187,6 +188,23 @@ def plan_run(config: RunConfig) -> RunPlan:
             config, model_config, base, num_trainable, packing or data.report.tokens_max
         ),
     )
+
+
+def _find_length_faults(
+    config: RunConfig, model_config: PretrainedConfig, data: PreparedData
+) -> list[str]:
+    """Say where rows reach beyond the last position that the base was made with."""
+    positions = num_positions(model_config)
+    if positions is None:
+        return []
+    longest = config.data.max_seq_len if config.data.packing else data.longest()
+    if longest <= positions:
+        return []
+    return [
+        f"data.max_seq_len {config.data.max_seq_len}: rows are up to {longest} tokens long, and"
+        f" {config.model.name_or_path} has embeddings for {positions} positions; take at most"
+        f" {positions}"
+    ]
 
 
 def _resolve_names(config: RunConfig) -> RunConfig:

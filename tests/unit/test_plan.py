@@ -2,15 +2,16 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import GPT2Config, LlamaConfig, LlamaForCausalLM
 
 from s2ft_ray.bases import load_tokenizer
 from s2ft_ray.config import ModelConfig, parse_config
-from s2ft_ray.errors import RegistryUnreachable
+from s2ft_ray.errors import ConfigError, RegistryUnreachable
 from s2ft_ray.method import convert
 from s2ft_ray.training.memory import estimate_memory, measure_base
 from s2ft_ray.training.parallel import Layout
@@ -183,6 +184,58 @@ def test_an_mlflow_that_is_away_is_no_fault_of_a_run_with_a_registered_parent(
     }
     with pytest.raises(RegistryUnreachable, match=r"acme\.bot: can't be looked up: MLflow at"):
         plan_run(parse_config(document))
+
+
+@pytest.fixture
+def gpt2(tmp_path: Path) -> Path:
+    """A base with 64 positions: its configuration and a tokenizer, no weights."""
+    config = GPT2Config(vocab_size=300, n_embd=32, n_layer=2, n_head=4, n_positions=64)
+    config.architectures = ["GPT2LMHeadModel"]
+    config.save_pretrained(tmp_path / "gpt2")
+    load_tokenizer(ModelConfig()).save_pretrained(tmp_path / "gpt2")
+    return tmp_path / "gpt2"
+
+
+@pytest.mark.parametrize(
+    ("words", "held_out_words", "data", "longest"),
+    [
+        (5, 5, {"max_seq_len": 512}, None),
+        (100, 5, {"max_seq_len": 64}, None),
+        (100, 5, {"max_seq_len": 65}, 65),
+        (5, 100, {"max_seq_len": 65}, 65),
+        (5, 5, {"max_seq_len": 80, "packing": True}, 80),
+        (5, 5, {"max_seq_len": 64, "packing": True}, None),
+    ],
+)
+def test_rows_beyond_the_positions_that_a_base_has_learned_are_refused(
+    gpt2: Path,
+    words: int,
+    held_out_words: int,
+    data: dict[str, Any],
+    longest: int | None,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("S2FT_HOME", str(gpt2.parent))
+    names = {}
+    for key, count in (("train", words), ("eval", held_out_words)):
+        names[key] = str(gpt2.parent / f"{key}.jsonl")
+        row = {"prompt": "Number 1 is", "completion": " odd" * count}
+        Path(names[key]).write_text((json.dumps(row) + "\n") * 40)
+    document = {
+        "tenant": "acme",
+        "name": "bot",
+        "model": {"name_or_path": str(gpt2)},
+        "data": {**names, **data},
+    }
+    if longest is None:
+        plan_run(parse_config(document))
+        return
+    with pytest.raises(ConfigError) as caught:
+        plan_run(parse_config(document))
+    assert str(caught.value) == (
+        f"data.max_seq_len {longest}: rows are up to {longest} tokens long, and {gpt2} has"
+        " embeddings for 64 positions; take at most 64"
+    )
 
 
 def test_packing_is_told_with_how_full_the_sequences_are(
