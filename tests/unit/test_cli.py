@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -155,6 +156,34 @@ def test_check_tells_each_fault_of_a_configuration(
     faults = capsys.readouterr().err.splitlines()
     assert all(line.startswith(f"error: {config}: ") for line in faults)
     assert {line.split(": ")[2] for line in faults} == {"data.train", "data.trian", "optim.lr"}
+
+
+def test_check_tells_what_a_sound_run_will_be(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("S2FT_HOME", str(tmp_path))
+    rows, config = tmp_path / "rows.jsonl", tmp_path / "run.yaml"
+    # " odd" is three tokens; six before it, one after it.
+    answers = [" odd"] * 197 + [" odd" * 2] * 2 + [" odd" * 4]
+    made = ({"prompt": "Number 1 is", "completion": answer} for answer in answers)
+    rows.write_text("".join(json.dumps(row) + "\n" for row in made))
+    config.write_text(
+        f"tenant: acme\nname: bot\ndata: {{train: {rows}, eval: {rows}}}\n"
+        "method: {budgets: {down: 0.25}}\noptim: {epochs: 2}\nparallel: {sharding: replicate}\n"
+    )
+    assert cli.main(["check", "--config", str(config)]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    told = {line[:12].strip(): line[12:] for line in lines}
+    channels = 384 // 4
+    assert told["trainable"].startswith(f"{4 * channels * 128:,} of 885,888 parameters (5.55%)")
+    assert told["data"].startswith("200 rows to train on, 200 held out; 0 dropped, 0 cut to 512")
+    assert told["tokens"].startswith("p50 10, p99 13, max 19; 815 of 2,015 are targets")
+    assert told["steps"] == "25 of 16 rows"
+    pattern = r"about (\d+) MiB on each of 1 worker\(s\) in replicate: base 3\.4, "
+    memory = re.match(pattern, told["memory"])
+    assert memory is not None
+    assert 3 < int(memory[1]) < 100
+    assert told["first row"] == "[<|begin|>Number 1 is] odd<|end|>"
 
 
 def test_down_where_nothing_was_started_is_a_no_op(
