@@ -1,3 +1,4 @@
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -94,6 +95,39 @@ def test_a_job_that_waits_says_why_and_when(queue: Queue) -> None:
     assert (two["position"], two["blocker"]) == (2, first)
     assert one["reason"] == "needs 3 x (1 CPU), room for 1 now"
     assert queue.scheduler.job(held)["created_at"] < one["estimated_start"] < two["estimated_start"]
+
+
+def test_estimated_starts_get_truer_with_what_was_measured(tmp_path: Path) -> None:
+    queue = Queue(tmp_path, slots=1)
+    settings = queue.settings.service
+    first, second, third = (queue.submit(name) for name in ("first", "second", "third"))
+    queue.tick()
+    queue.tick(after_s=settings.estimate_s)
+    attempt = queue.begin(first)
+
+    def starts_in_s(job_id: str) -> float:
+        start = datetime.fromisoformat(queue.scheduler.job(job_id)["estimated_start"])
+        return start.timestamp() - queue.clock()
+
+    def tick() -> None:
+        queue.tick(after_s=settings.estimate_s)
+        queue.beat(first, attempt)
+
+    unknown_s = starts_in_s(third) - starts_in_s(second)
+    assert unknown_s == pytest.approx(3600.0, rel=0.01)
+    tick()
+    tick()
+    assert starts_in_s(second) == pytest.approx(900.0, abs=30)  # as its driver tells
+    queue.clock.now += 80.0
+    told = {"outcome": "succeeded", "model": ["acme.first", "1"], "rows": 1600, "tokens": 9}
+    queue.scheduler.report(first, attempt, told)
+    queue.tick(after_s=settings.measure_s)
+    attempt = queue.begin(second)
+    queue.submit("fourth")
+    queue.tick(after_s=settings.estimate_s)
+    fourth = queue.scheduler.jobs(limit=1)[0]["id"]
+    measured_s = starts_in_s(fourth) - starts_in_s(third)
+    assert measured_s == pytest.approx(110.0, abs=20)
 
 
 @pytest.mark.parametrize(
