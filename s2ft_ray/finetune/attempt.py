@@ -161,7 +161,10 @@ def _is_of_a_full_disk(error: BaseException | None) -> bool:
 
 
 def _saved_at(run: RunFolder) -> float | None:
-    times = [folder.stat().st_mtime for folder in run.checkpoints.glob("step-*")]
+    times = []
+    for folder in run.checkpoints.glob("step-*"):
+        with suppress(FileNotFoundError):  # an old one, which the workers delete just now
+            times.append(folder.stat().st_mtime)
     return max(times, default=None)
 
 
@@ -172,6 +175,7 @@ class _Metrics:
         self._reader, self._rows_per_step = MetricsReader(path), rows_per_step
         self._total_steps = 0
         self._num_steps = 0
+        self._num_starts = 0
         self.progress: dict[str, Any] | None = None
         self.num_tokens = 0
 
@@ -188,6 +192,7 @@ class _Metrics:
     def _add(self, line: dict[str, Any]) -> None:
         if line["kind"] == "start":
             self._total_steps = line["total_steps"]
+            self._num_starts += 1
         elif line["kind"] == "train":
             self._num_steps += 1
             self.num_tokens += round(line["tokens_per_s"] * line["step_seconds"])
@@ -196,6 +201,9 @@ class _Metrics:
                 "total_steps": self._total_steps,
                 "loss": line["loss"],
                 "time_left_s": line["time_left_s"],
+                "rows": self.num_rows,
+                "tokens": self.num_tokens,
+                "starts": self._num_starts,
             }
 
 

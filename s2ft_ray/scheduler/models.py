@@ -129,6 +129,8 @@ class Progress:
     rows: int = 0
     """Gone through by this attempt."""
     tokens: int = 0
+    starts: int = 0
+    """How often this attempt's workers were started: more than once where some have died."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -160,8 +160,11 @@ class Scheduler:
         with self._lock:
             job, now = self._current(job_id, attempt), self._clock()
             self._liveness.hear(job_id, attempt)
-            begins = job.state == State.STARTING and told is not None
-            if begins or self._is_due(f"beat {job_id}", self._settings.save_s):
+            before = job.progress.starts if job.progress else 0
+            is_event = told is not None and (
+                job.state == State.STARTING or told.starts > max(before, 1)
+            )
+            if is_event or self._is_due(f"beat {job_id}", self._settings.save_s):
                 job = self._store.beat(job_id, attempt, now, told, saved_at)
             job = replace(
                 job,

@@ -170,7 +170,10 @@ class Store:
         progress: Progress | None = None,
         saved_at: float | None = None,
     ) -> Job:
-        """Note a sign of life; the first progress makes a starting job a running one."""
+        """Note a sign of life; the first progress makes a starting job a running one.
+
+        Workers that were started again since the progress before are an event.
+        """
         with writing(self.engine) as connection:
             job = get_current(connection, job_id, attempt)
             changes: dict[str, Any] = {"heartbeat_at": at}
@@ -178,6 +181,9 @@ class Store:
                 changes["saved_at"] = saved_at
             if progress is not None:
                 changes["progress"] = asdict(progress)
+                before = job.progress.starts if job.progress else 0
+                if progress.starts > max(before, 1):
+                    note(connection, job, at, "workers started again", "some have died")
                 this = and_(ATTEMPTS.c.job_id == job_id, ATTEMPTS.c.attempt == attempt)
                 first = and_(this, ATTEMPTS.c.stepped_at.is_(None))
                 connection.execute(update(ATTEMPTS).where(first).values(stepped_at=at))

@@ -133,7 +133,7 @@ def start_attempt(
     held: dict[str, Any] = {"num_workers": num_workers, "placement": dict(placement)}
     held["admitted_at"] = at
     if job.progress is not None:  # the next attempt goes on from there, and counts anew
-        held["progress"] = asdict(replace(job.progress, rows=0, tokens=0))
+        held["progress"] = asdict(replace(job.progress, rows=0, tokens=0, starts=0))
     return move(
         connection,
         job,

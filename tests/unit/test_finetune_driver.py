@@ -197,7 +197,10 @@ def test_signs_of_life_carry_the_progress_and_the_end_what_was_done(tmp_path: Pa
             time.sleep(0.001)
         attempt.succeed("acme.bot", "1")
     progress, saved_at = queue.beats[-1]
-    assert progress == {"step": 3, "total_steps": 10, "loss": 0.5, "time_left_s": 7.0}
+    assert progress == {
+        **{"step": 3, "total_steps": 10, "loss": 0.5, "time_left_s": 7.0},
+        **{"rows": 32, "tokens": 200, "starts": 1},
+    }
     assert saved_at is None or saved_at == pytest.approx(time.time(), abs=60)
     (end,) = queue.reports
     rows = 2 * CONFIG.optim.global_batch_size

@@ -139,6 +139,19 @@ def test_what_an_attempt_trained_counts_though_it_ended_without_a_report(queue: 
     assert row.tokens == 5000
 
 
+def test_workers_that_were_started_again_are_an_event(queue: Queue) -> None:
+    job_id = queue.submit()
+    queue.tick()
+    queue.begin(job_id)
+    told = {"step": 7, "total_steps": 100, "loss": 1.0, "time_left_s": 900.0}
+    for starts in (1, 1, 2, 2, 3):
+        queue.clock.now += 2.0
+        queue.scheduler.heartbeat(job_id, 1, {**told, "starts": starts})
+    queue.restart()
+    queue.scheduler.heartbeat(job_id, 1, {**told, "starts": 3})
+    assert queue.causes(job_id).count("workers started again") == 2
+
+
 def test_a_job_that_can_never_fit_is_refused_before_the_first_tick_too(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="lower num_workers"):
         Queue(tmp_path, slots=2).submit(workers=4)
