@@ -42,6 +42,17 @@ class Task:
     def max_new_tokens(self) -> int:
         return 256 if self.suite == "arithmetic" else 32
 
+    def read_answer(self, value: object) -> str:
+        """Return a row's answer as text; JSON's true is ``true``. ValueError where it can't be."""
+        answer = str(value).lower() if isinstance(value, bool) else str(value)
+        if self.choices is None:
+            if not math.isfinite(float(answer)):
+                raise ValueError(f"answer: {value!r} is no finite number")
+        elif not re.fullmatch(self.choices, answer):
+            choices = self.choices.replace("|", ", ")
+            raise ValueError(f"answer: {value!r} is none of {choices}")
+        return answer
+
     def find_answer(self, text: str) -> str:
         """Return the answer in what the model wrote; empty where there is none."""
         text = text.partition(_RESPONSE)[0].strip()
@@ -111,9 +122,7 @@ def read_rows(path: Path) -> list[TestRow]:
     rows = []
     for number, (place, fields) in enumerate(_read_objects(path)):
         try:
-            instruction, answer = fields["instruction"], str(fields["answer"])
-            if task.choices is None:
-                float(answer)
+            instruction, answer = fields["instruction"], task.read_answer(fields["answer"])
         except (KeyError, TypeError, ValueError) as error:
             raise DataError(f"{place}: no row of {task.name}: {error!r}") from error
         rows.append(TestRow(task, number, render(instruction, fields.get("input")), answer))

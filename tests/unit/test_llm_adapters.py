@@ -135,6 +135,36 @@ def test_faulty_row_is_named_by_line(llm_adapters: ModuleType, tmp_path: Path) -
         llm_adapters.read_rows(path)
 
 
+@pytest.mark.parametrize(
+    ("task", "answer", "fault"),
+    [
+        ("AQuA", ["C"], r"\['C'\] is none of A, B, C, D, E"),
+        ("AQuA", "c", "'c' is none of"),
+        ("AQuA", "CD", "'CD' is none of"),
+        ("boolq", "True", "'True' is none of true, false"),
+        ("piqa", 1, "1 is none of solution1, solution2"),
+        ("hellaswag", "ending5", "'ending5' is none of"),
+        ("ARC-Easy", None, "None is none of answer1, "),
+        ("gsm8k", True, "could not convert string to float: 'true'"),
+        ("gsm8k", "nan", "'nan' is no finite number"),
+    ],
+)
+def test_an_answer_that_nothing_can_match_is_refused_with_its_value(
+    llm_adapters: ModuleType, tmp_path: Path, task: str, answer: object, fault: str
+) -> None:
+    path = tmp_path / f"{task}.jsonl"
+    path.write_text(json.dumps({"instruction": "a", "answer": answer}))
+    with pytest.raises(DataError, match=rf"{task}\.jsonl:1: no row of {task}: ValueError.*{fault}"):
+        llm_adapters.read_rows(path)
+
+
+def test_a_json_boolean_is_boolqs_answer(llm_adapters: ModuleType, tmp_path: Path) -> None:
+    path = tmp_path / "boolq.jsonl"
+    rows = [{"instruction": "a", "answer": answer} for answer in (True, False, "true")]
+    path.write_text("\n".join(map(json.dumps, rows)))
+    assert [row.answer for row in llm_adapters.read_rows(path)] == ["true", "false", "true"]
+
+
 def row(module: ModuleType, number: int, right: bool = True) -> Any:
     return module.ScoredRow("gsm8k", number, "is 1", "1", "1", right)
 
