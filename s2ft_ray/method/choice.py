@@ -18,7 +18,7 @@ from s2ft_ray.method.parts import SIDES
 from s2ft_ray.method.scores import check_calibration, score_units
 from s2ft_ray.method.selection import ModuleSelection, Selection, Taken, select, to_modules
 from s2ft_ray.method.slices import SliceOf
-from s2ft_ray.method.switching import bind, plain_model
+from s2ft_ray.method.switching import bind, check_switched_out, plain_model
 
 
 def choose(
@@ -35,6 +35,7 @@ def choose(
     model = plain_model(model)
     if any(isinstance(module, SliceOf) for module in model.modules()):
         raise ConfigError("the model is converted already; restore(model) first")
+    check_switched_out(model)
     decoder = Decoder(model)
     return describe(model, decoder, choose_indices(model, decoder, config, calibration, avoid))
 

@@ -23,8 +23,8 @@ from s2ft_ray.method.experts import ExpertSlice, S2FTExperts
 from s2ft_ray.method.layout import permute, restore_order
 from s2ft_ray.method.linear import S2FTConv1D, S2FTLinear
 from s2ft_ray.method.parts import SIDES, AdapterSlice, BaseInfo, Side
-from s2ft_ray.method.selection import Selection
-from s2ft_ray.method.switching import base_fingerprint, bind, plain_model, switched_fingerprints
+from s2ft_ray.method.selection import ModuleSelection, Selection
+from s2ft_ray.method.switching import base_fingerprint, bind, check_switched_out, plain_model
 from s2ft_ray.method.weights import Weight
 
 _RECORD = "_s2ft_conversion"
@@ -64,13 +64,18 @@ def convert(
 def convert_with(model: nn.Module, config: S2FTConfig, selection: Selection) -> Selection:
     """Convert with a selection that `convert` has made before, in place; nothing is measured.
 
-    Raises ConfigError like `convert`, and where the selection is of another kind of model.
+    Raises ConfigError like `convert`, and where the selection is of another kind or size of
+    model; the model is then untouched.
     """
     model = plain_model(model)
     decoder = _check_plain(model)
-    for name, module in selection.modules.items():
-        if name not in decoder.weights or _side(decoder, name) != module.side:
-            raise ConfigError(f"selection: {name}: this model has no such {module.side}-side slice")
+    faults = [
+        f"selection: {name}: {fault}"
+        for name, module in selection.modules.items()
+        if (fault := _misfit(decoder, name, module))
+    ]
+    if faults:
+        raise ConfigError(*faults)
     indices = {name: torch.tensor(it.indices) for name, it in selection.modules.items()}
     return _convert(model, decoder, config, indices, _describe_base(model))
 
@@ -151,16 +156,33 @@ def slice_layers(model: nn.Module) -> list[tuple[str, S2FTLinear | S2FTConv1D | 
 def _check_plain(model: nn.Module) -> Decoder:
     if hasattr(model, _RECORD):
         raise ConfigError("the model is converted already; restore(model) first")
-    if switched := switched_fingerprints(model):
-        raise ConfigError(
-            f"adapter {switched[-1][:12]} is switched into the model; switch_out(model) first"
-        )
+    check_switched_out(model)
     for name, parameter in model.named_parameters():
         if isinstance(parameter, DTensor) or parameter.is_meta:
             raise ConfigError(
                 f"model: {name} is sharded or on meta; load the model, convert it, then shard it"
             )
     return Decoder(model)
+
+
+def _misfit(decoder: Decoder, name: str, module: ModuleSelection) -> str | None:
+    if name not in decoder.weights or _side(decoder, name) != module.side:
+        return f"this model has no such {module.side}-side slice"
+    shape = decoder.weights[name].view().shape
+    size = shape[-1 if module.side == "in" else -2]
+    per_expert = [it for it in module.indices if isinstance(it, tuple)]
+    expected = shape[0] if len(shape) == 3 else 0
+    if len(per_expert) != expected:
+        return f"its indices are of {len(per_expert)} experts; this model has {expected}"
+    if len(set(map(len, per_expert))) > 1:
+        return f"its indices are of {expected} experts, each of which must have as many"
+    for row in per_expert or [cast(tuple[int, ...], module.indices)]:
+        if list(row) != sorted(set(row)) or not row:
+            return "its indices do not ascend"
+        if row[0] < 0 or row[-1] >= size:
+            outside = row[0] if row[0] < 0 else row[-1]
+            return f"index {outside} is outside of {list(shape)}"
+    return None
 
 
 def _convert(

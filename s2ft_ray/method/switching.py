@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from s2ft_ray.errors import AdapterError
+from s2ft_ray.errors import AdapterError, ConfigError
 from s2ft_ray.method.fingerprint import fingerprint_base
 from s2ft_ray.method.layout import permuted_parameters
 from s2ft_ray.method.parts import AdapterSlice, Replaced
@@ -43,6 +43,14 @@ def plain_model(model: nn.Module) -> nn.Module:
 def switched_fingerprints(model: nn.Module) -> list[str]:
     """Return the fingerprints of the adapters that are in the model, first in first."""
     return [entry.fingerprint for entry in _stack(plain_model(model))]
+
+
+def check_switched_out(model: nn.Module) -> None:
+    """Raise ConfigError where an adapter is in the model: its weights are not the base's."""
+    if switched := switched_fingerprints(model):
+        raise ConfigError(
+            f"adapter {switched[-1][:12]} is switched into the model; switch_out(model) first"
+        )
 
 
 def base_fingerprint(model: nn.Module) -> str:
@@ -79,17 +87,18 @@ def switch_in(model: nn.Module, adapter: "Adapter") -> None:
         raise AdapterError("the model is converted; restore(model) before switching adapters in")
     if adapter.fingerprint in switched_fingerprints(model):
         raise AdapterError(f"adapter {adapter.fingerprint[:12]} is in this model already")
-    weights = bind(model, adapter)
+    weights, stack = bind(model, adapter), _stack(model)
     replaced: dict[str, Replaced] = {}
     written: list[_Piece] = []
     try:
         for name, weight in weights.items():
             replaced[name] = _add(weight, adapter.slices[name], written)
+        _remember(model, [*stack, _Switched(adapter.fingerprint, replaced)])
     except BaseException:
         for piece in written:
             put(*piece)
+        _remember(model, stack)
         raise
-    setattr(model, _STACK, [*_stack(model), _Switched(adapter.fingerprint, replaced)])
 
 
 def switch_out(model: nn.Module, adapter: "Adapter") -> None:
@@ -105,10 +114,7 @@ def switch_out(model: nn.Module, adapter: "Adapter") -> None:
             f" take {fingerprints[-1][:12]} out first"
         )
     _put_back(model, stack[-1].replaced)
-    if len(stack) > 1:
-        setattr(model, _STACK, stack[:-1])
-    else:
-        delattr(model, _STACK)
+    _remember(model, stack[:-1])
 
 
 def bind(model: nn.Module, adapter: "Adapter") -> dict[str, Weight]:
@@ -205,3 +211,10 @@ def _write(weight: Tensor, part: Replaced, values: Tensor) -> None:
 
 def _stack(model: nn.Module) -> list[_Switched]:
     return cast(list[_Switched], getattr(model, _STACK, []))
+
+
+def _remember(model: nn.Module, stack: list[_Switched]) -> None:
+    if stack:
+        setattr(model, _STACK, stack)
+    elif hasattr(model, _STACK):
+        delattr(model, _STACK)

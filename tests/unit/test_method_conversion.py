@@ -5,6 +5,7 @@ import dataclasses
 import gc
 import io
 import pickle
+import re
 import weakref
 from typing import Any
 
@@ -17,10 +18,13 @@ from s2ft_ray.errors import AdapterError, ConfigError
 from s2ft_ray.method import (
     S2FTConfig,
     S2FTLinear,
+    Selection,
     base_fingerprint,
     check_supported,
+    choose,
     convert,
     convert_like,
+    convert_with,
     extract_adapter,
     restore,
     slice_layers,
@@ -281,6 +285,55 @@ def test_convert_like_continues_an_adapter(dtype: torch.dtype) -> None:
     assert_current(model)
     restore(model)
     assert_same_state(model, base)
+
+
+def refuse_selection(model: Any, selection: Selection, config: S2FTConfig = CONFIG) -> str:
+    """What convert_with says, having changed nothing."""
+    before, attributes = snapshot(model), set(vars(model))
+    with pytest.raises(ConfigError) as error:
+        convert_with(model, config, selection)
+    assert_same_state(model, before)
+    assert set(vars(model)) == attributes
+    assert not slice_layers(model)
+    assert all(parameter.requires_grad for parameter in model.parameters())
+    return str(error.value)
+
+
+@pytest.mark.parametrize("layout", ["gathered", "permuted"])
+@pytest.mark.parametrize("family", ["llama", "qwen2_moe"])
+def test_a_wider_models_selection_is_refused_before_anything_changes(
+    family: str, layout: Any
+) -> None:
+    wider = {"intermediate_size": 176, "moe_intermediate_size": 48}
+    selection = convert(build_model(family, **wider), CONFIG)
+    config = CONFIG.model_copy(update={"layout": layout})
+    model = build_model(family)
+    message = refuse_selection(model, selection, config)
+    assert re.search(r"layers\.0\.mlp\.down_proj: index 1\d\d is outside of \[64, 88\]", message)
+    convert(model, config)
+
+
+def test_indices_that_no_model_has_are_refused() -> None:
+    model = build_model("qwen2_moe")
+    selection = choose(model, CONFIG)
+    dense, experts = "model.layers.0.mlp.down_proj", "model.layers.1.mlp.experts.down_proj"
+    rows = selection.modules[experts].indices
+    for name, indices, fault in (
+        (dense, (3, 1), "do not ascend"),
+        (dense, (1, 1), "do not ascend"),
+        (dense, (), "do not ascend"),
+        (dense, (-1, 1), "index -1 is outside"),
+        (dense, rows, "are of 4 experts; this model has 0"),
+        (experts, rows[:3], "are of 3 experts; this model has 4"),
+        (experts, rows[0], "are of 0 experts; this model has 4"),
+        (experts, (*rows[:3], (1,)), "are of 4 experts, each of which must have as many"),
+    ):
+        changed = dataclasses.replace(selection.modules[name], indices=indices)
+        modules = {**selection.modules, name: changed}
+        message = refuse_selection(model, dataclasses.replace(selection, modules=modules))
+        assert name in message
+        assert fault in message
+    assert convert_with(model, CONFIG, selection) == selection
 
 
 def test_slices_are_written_back_in_the_same_order_whatever_they_come_from() -> None:

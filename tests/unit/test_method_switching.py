@@ -18,6 +18,7 @@ from s2ft_ray.method import (
     BaseInfo,
     S2FTConfig,
     base_fingerprint,
+    choose,
     convert,
     extract_adapter,
     restore,
@@ -127,8 +128,9 @@ def test_switching_and_converting_exclude_each_other() -> None:
     model = build_model()
     adapter, _ = train_adapter(model, seed=0)
     adapter.switch_into(model)
-    with pytest.raises(ConfigError, match="switched into the model; switch_out"):
-        convert(model, S2FTConfig())
+    for call in (convert, choose):
+        with pytest.raises(ConfigError, match="switched into the model; switch_out"):
+            call(model, S2FTConfig())
     adapter.switch_out(model)
     convert(model, S2FTConfig())
     with pytest.raises(AdapterError, match=r"converted; restore\(model\)"):
@@ -212,6 +214,36 @@ def test_a_switch_that_fails_half_way_changes_nothing(
     monkeypatch.undo()
     assert_same_state(model, before)
     assert set(vars(model)) == attributes
+
+
+@pytest.mark.parametrize("num_before", [0, 1])
+@pytest.mark.parametrize("moment", ["before it is remembered", "after"])
+def test_a_switch_interrupted_at_its_end_changes_nothing(
+    num_before: int, moment: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = build_model()
+    adapters = [train_adapter(model, seed)[0] for seed in (0, 1)]
+    for adapter in adapters[:num_before]:
+        adapter.switch_into(model)
+    before, stack = snapshot(model), switched_fingerprints(model)
+    is_due = True
+
+    def interrupt(module: nn.Module, name: str, value: Any) -> None:
+        nonlocal is_due
+        if name == switching_module._STACK and is_due:
+            is_due = False
+            if moment == "after":
+                nn.Module.__setattr__(module, name, value)
+            raise KeyboardInterrupt
+        nn.Module.__setattr__(module, name, value)
+
+    monkeypatch.setattr(type(model), "__setattr__", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        adapters[1].switch_into(model)
+    monkeypatch.undo()
+    assert_same_state(model, before)
+    assert switched_fingerprints(model) == stack
+    adapters[1].switch_into(model)
 
 
 class Conv1D(nn.Module):
