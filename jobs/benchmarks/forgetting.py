@@ -6,7 +6,8 @@ tuned) on the base's own samples. What counts is the front: the least KL at a lo
 train equally many parameters; full fine-tuning trains all.
 
 Invariant: a finished run is a line of the results file and is not done again, so seeds can be run
-one by one; tables and figure are made of what the file holds.
+one by one; tables and figure are made of what the file holds. A run with another budget, base or
+data is another run, also where the file has both.
 """
 
 import argparse
@@ -14,10 +15,11 @@ import json
 import math
 import sys
 from collections import defaultdict
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 import torch
+from evaluation.results import read_whole_lines
 
 from benchmarks.forgetting_tasks import (
     BUDGETS,
@@ -47,6 +49,15 @@ class Result:
     steps: int
     points: list[tuple[int, float, float]]
     """(step, loss on the new task, KL)."""
+    budgets: dict[str, float] = field(default_factory=dict)
+    digest: str = ""
+    """The task's. Results without one are of an older version, and of no task."""
+
+    @property
+    def key(self) -> tuple[object, ...]:
+        """What makes it the same run as another."""
+        budgets = tuple(sorted(self.budgets.items()))
+        return self.base, self.method, self.lr, self.seed, self.steps, budgets, self.digest
 
 
 def run(arguments: argparse.Namespace) -> None:
@@ -91,19 +102,20 @@ def describe(task: Task, start: float, arguments: argparse.Namespace) -> str:
 
 def complete(task: Task, path: Path, seeds: list[int], steps: int) -> list[Result]:
     """Return the results of every method, learning rate and seed, doing what is missing."""
-    known = {(it.base, it.method, it.lr, it.seed, it.steps): it for it in _read(path)}
+    known = {it.key: it for it in _read(path)}
     measured = tuple(sorted({max(1, steps * share // 8) for share in (1, 2, 4, 8)}))
     results = []
     for seed in seeds:
         for method, lrs in LRS.items():
             for lr in lrs:
-                key = (task.name, method, lr, seed, steps)
-                if key not in known:
+                wanted = Result(task.name, method, lr, seed, steps, [], BUDGETS, task.digest)
+                if wanted.key not in known:
                     print(f"{task.name}, seed {seed}: {method}, lr {lr:g}", file=sys.stderr)
-                    known[key] = Result(*key, list(teach(task, method, lr, seed, measured)))
+                    points = list(teach(task, method, lr, seed, measured))
+                    known[wanted.key] = replace(wanted, points=points)
                     with path.open("a", encoding="utf-8") as file:
-                        file.write(json.dumps(vars(known[key])) + "\n")
-                results.append(known[key])
+                        file.write(json.dumps(vars(known[wanted.key])) + "\n")
+                results.append(known[wanted.key])
     return results
 
 
@@ -135,9 +147,7 @@ def compare(fronts: Fronts, start: float) -> list[dict[str, object]]:
         for method, values in paid.items():
             row[method] = _summary(values)
             if method != S2FT:
-                ratios = [
-                    ours / max(it, 1e-12) for ours, it in zip(paid[S2FT], values, strict=True)
-                ]
+                ratios = [ours / it for ours, it in zip(paid[S2FT], values, strict=True)]
                 row[f"S2FT / {method}"] = _summary(ratios, is_ratio=True)
         rows.append(row)
     return rows
@@ -173,10 +183,7 @@ def _summary(values: list[float], *, is_ratio: bool = False) -> Interval:
 
 
 def _read(path: Path) -> list[Result]:
-    if not path.exists():
-        return []
-    lines = path.read_text(encoding="utf-8").splitlines()
     return [
         Result(**{**fields, "points": [tuple(point) for point in fields["points"]]})
-        for fields in map(json.loads, lines)
+        for fields in read_whole_lines(path)
     ]

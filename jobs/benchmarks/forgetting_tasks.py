@@ -7,10 +7,12 @@ Dimensions: B rows, T tokens, V vocabulary.
 """
 
 import copy
+import hashlib
 import json
 import random
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +29,7 @@ from s2ft_ray.data import IGNORE_INDEX, MicroBatch, encode_prompt
 from s2ft_ray.data.batches import Sample, build_micro_batch
 from s2ft_ray.data.encoding import EncodedRow, Encoder
 from s2ft_ray.errors import ConfigError
-from s2ft_ray.method import convert, count_trainable
+from s2ft_ray.method import base_fingerprint, convert, count_trainable
 
 REPO = Path(__file__).parents[2]
 TICKETS = REPO / "jobs" / "configs" / "data"
@@ -38,6 +40,7 @@ BATCH_ROWS, WARMUP_STEPS, MAX_GRAD_NORM = 8, 5, 1.0
 NUM_TESTED, NUM_SAMPLES = 64, 96
 MAX_SEQ_LEN = 224  # half of the word problems are shorter
 S2FT, LORA, NARROW_LORA, FULL = "S2FT o down", "LoRA q k v up down", "LoRA o down", "full"
+LORA_TARGETS = {LORA: WIDE, NARROW_LORA: NARROW}
 # About 3 apart, around each method's best.
 LRS = dict.fromkeys((S2FT, LORA, NARROW_LORA), (1e-3, 3e-3, 1e-2)) | {FULL: (1e-4, 3e-4, 1e-3)}
 
@@ -58,6 +61,15 @@ class Task:
 
     def __post_init__(self) -> None:
         self.base_logprobs = _logprobs(self.model, self.samples)
+
+    @cached_property
+    def digest(self) -> str:
+        """A sha256 of all that a run's figures depend on but its own settings."""
+        train = [[list(row.input_ids), list(map(bool, row.target_mask))] for row in self.train]
+        measured = [[it.input_ids.tolist(), it.labels.tolist()] for it in (self.test, self.samples)]
+        recipe = [BATCH_ROWS, WARMUP_STEPS, MAX_GRAD_NORM, LORA_TARGETS]
+        content = [base_fingerprint(self.model), train, measured, recipe]
+        return hashlib.sha256(json.dumps(content).encode()).hexdigest()
 
     @torch.no_grad()
     def measure(self, model: nn.Module) -> tuple[float, float]:
@@ -121,7 +133,7 @@ def _attach(method: str, model: PreTrainedModel, seed: int) -> nn.Module:
     if method == S2FT:
         convert(model, config)
         return model
-    targets = WIDE if method == LORA else NARROW
+    targets = LORA_TARGETS[method]
     rank = lora_rank(model, size, targets, dora=False)
     return get_peft_model(model, LoraConfig(r=rank, lora_alpha=rank, target_modules=targets))
 

@@ -36,7 +36,7 @@ class ResultsFile:
         self.rows: dict[tuple[str, int], ScoredRow] = {}
         self.mlflow_run: str | None = None
         """The run that the whole evaluation was logged to."""
-        lines = _whole_lines(path)
+        lines = read_whole_lines(path)
         if not lines:
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_text(json.dumps({"evaluation": evaluation}) + "\n", encoding="utf-8")
@@ -70,7 +70,7 @@ class ResultsFile:
             file.write(json.dumps(line) + "\n")
 
 
-def _whole_lines(path: Path) -> list[dict[str, Any]]:
+def read_whole_lines(path: Path) -> list[dict[str, Any]]:
     """Read the lines that were written to their end, and take a torn last one off the file."""
     if not path.exists():
         return []

@@ -1,6 +1,7 @@
 """The arithmetic behind the forgetting benchmark: fronts, levels, intervals, the figure."""
 
 import math
+import statistics
 from pathlib import Path
 from types import ModuleType
 
@@ -38,6 +39,29 @@ def test_interval_is_students(fronts: ModuleType) -> None:
     ratio = fronts.geometric([0.5, 2.0])
     assert ratio.mean == pytest.approx(1.0)
     assert ratio.low * ratio.high == pytest.approx(1.0)
+
+
+# From the tables of Student's t.
+@pytest.mark.parametrize(
+    ("count", "t"), [(2, 12.706), (10, 2.262), (11, 2.228), (16, 2.131), (31, 2.042), (121, 1.980)]
+)
+def test_interval_is_students_for_any_number_of_seeds(
+    fronts: ModuleType, count: int, t: float
+) -> None:
+    values = [float(value) for value in range(count)]
+    found = fronts.interval(values)
+    assert found.high - found.mean == pytest.approx(
+        t * statistics.stdev(values) / math.sqrt(count), rel=1e-3
+    )
+
+
+def test_a_kl_of_0_is_the_least_that_counts(fronts: ModuleType) -> None:
+    front = [(1.0, 1.0), (3.0, 0.0)]
+    assert fronts.kl_at(front, 2.0) == pytest.approx(fronts.MIN_KL**0.5)
+    assert fronts.kl_at(front, 3.0) == pytest.approx(fronts.MIN_KL)
+    assert fronts.kl_at(front, 4.0) == fronts.MIN_KL
+    paid = [fronts.kl_at(front, 4.0), 1.0]
+    assert fronts.geometric(paid).mean == pytest.approx(fronts.MIN_KL**0.5)
 
 
 def test_levels_are_losses_that_every_front_reaches(fronts: ModuleType) -> None:
