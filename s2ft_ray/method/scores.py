@@ -30,6 +30,7 @@ from s2ft_ray.method.geometry import Coupling, CouplingKey, Geometry
 
 Scores = dict[CouplingKey, Tensor]
 """By (layer, structure): float64 [num_units], or [num_experts, num_units]."""
+_PIECE_ENTRIES = 2**22  # 32 MiB in fp64
 _LOOK_AT_DATA = ("activation", "product", "gradient")
 
 
@@ -122,5 +123,11 @@ def _squares(decoder: Decoder, coupling: Coupling, projection: Projection) -> Te
     if isinstance(weight, DTensor):
         weight = weight.full_tensor()
     across = -2 if part.side == "in" else -1
-    norm: Tensor = torch.linalg.vector_norm(weight, dim=across, dtype=torch.float64)
-    return part.sum_units(norm.square().cpu())
+    # In pieces of its rows: torch makes a copy in fp64 of what it reduces, 4 times a bf16 weight.
+    num_rows = max(1, _PIECE_ENTRIES * weight.shape[-2] // weight.numel())
+    squares = [
+        torch.linalg.vector_norm(piece, dim=across, dtype=torch.float64).square()
+        for piece in torch.split(weight, num_rows, dim=-2)
+    ]
+    found = torch.cat(squares, dim=-1) if across == -1 else torch.stack(squares).sum(0)
+    return part.sum_units(found.cpu())

@@ -9,8 +9,7 @@ import dataclasses
 import logging
 import shutil
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,33 +18,28 @@ import torch
 import torch.distributed as dist
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from s2ft_ray.bases import load_base_model, load_model_config, load_tokenizer
+from s2ft_ray.bases import load_model_config, load_tokenizer
 from s2ft_ray.config import RunConfig
 from s2ft_ray.data import (
     MicroBatch,
     PreparedData,
     TrainLoader,
-    calibration_batches,
     eval_batches,
     num_steps,
 )
-from s2ft_ray.errors import AdapterError, CheckpointError, Diverged, Preempted, S2FTError
+from s2ft_ray.errors import AdapterError, CheckpointError, Diverged, Preempted
 from s2ft_ray.method import (
     Adapter,
-    Selection,
-    SharedCalibration,
-    convert,
-    convert_like,
-    convert_with,
     count_trainable,
     extract_adapter,
-    looks_at_data,
     slice_layers,
     write_back,
 )
 from s2ft_ray.training.checkpoint import Checkpointer, TrainState
 from s2ft_ray.training.collectives import CollectiveClock
+from s2ft_ray.training.conversion import load_converted
 from s2ft_ray.training.evaluation import answer, evaluate
+from s2ft_ray.training.faults import raised_everywhere
 from s2ft_ray.training.layout import resolve_layout
 from s2ft_ray.training.loop import train_step
 from s2ft_ray.training.memory import estimate_memory, measure_base
@@ -53,7 +47,7 @@ from s2ft_ray.training.metrics import MetricsLog
 from s2ft_ray.training.objective import CrossEntropy, EmbeddingNoise, Objective, Preference
 from s2ft_ray.training.optimizer import build_optimizer
 from s2ft_ray.training.parallel import Layout, Workers, shard_model
-from s2ft_ray.training.run_folder import SELECTION, RunFolder
+from s2ft_ray.training.run_folder import RunFolder
 from s2ft_ray.training.speed import RunSpeed, StepProfiler
 
 logger = logging.getLogger(__name__)
@@ -76,7 +70,7 @@ def run_worker(
         torch.cuda.set_device(device)  # objects that NCCL carries go through the current device
     run = RunFolder(path)
     workers = Workers.join(device)
-    with _raised_everywhere():
+    with raised_everywhere():
         run.check_reachable()
         torch.set_num_threads(_recorded_threads(run, num_threads))
         part = _build(run, workers)
@@ -235,7 +229,7 @@ class WorkerPart:
         dist.all_gather_object(prints, adapter.fingerprint)
         if len(set(prints)) != 1:
             raise AdapterError(f"the workers hold different adapters: {', '.join(prints)}")
-        with _raised_everywhere():
+        with raised_everywhere():
             if self.workers.rank == 0:
                 try:
                     if not self.run.is_trained:  # what a killed worker has left
@@ -288,10 +282,7 @@ def _build(run: RunFolder, workers: Workers) -> WorkerPart:
     data = PreparedData.load(run.data)
     tokenizer = load_tokenizer(config.model, config.data.chat_template)
     layout = _choose_layout(run, config, data, workers)
-    model = load_base_model(config.model, mapped=layout.group > 1)
-    if layout.sharding == "replicate":
-        model.to(workers.device)  # it fits whole: a selection that looks at data is made there
-    _convert(model, run, config, data, tokenizer)
+    model = load_converted(run, config, data, tokenizer, workers, layout)
     if config.parallel.activation_checkpointing:
         model.activation_checkpointing_enable()
     pad_id, micro_batch_size = tokenizer.pad_token_id, config.optim.micro_batch_size
@@ -321,47 +312,6 @@ def _build(run: RunFolder, workers: Workers) -> WorkerPart:
     )
 
 
-def _convert(
-    model: PreTrainedModel,
-    run: RunFolder,
-    config: RunConfig,
-    data: PreparedData,
-    tokenizer: PreTrainedTokenizerBase,
-) -> None:
-    """Convert the base: as the parent was, as this run did before, or by a new selection.
-
-    The selection is kept in the run folder, so that a run that goes on elsewhere, with other
-    rounding, still trains the slices that its checkpoints hold.
-    """
-    # One answer for all: a worker that looks late would find what the first has just written,
-    # and convert its layers in another order than the others.
-    found = [run.read_json(SELECTION)]
-    dist.broadcast_object_list(found)
-    (kept,) = found
-    if run.parent.exists():
-        selection = convert_like(model, Adapter.load(run.parent))
-    elif kept is not None:
-        selection = convert_with(model, config.method, Selection.from_json(kept))
-    else:
-        calibration = None
-        if looks_at_data(config.method):
-            # Row by row where each has a gradient: none cancels another's, and the graph, which
-            # keeps what training never does, is as small as can be.
-            is_forward = config.method.selection != "gradient"
-            batches = calibration_batches(
-                data.train,
-                config.data.calibration_share,
-                config.optim.micro_batch_size if is_forward else 1,
-                tokenizer.pad_token_id,
-            )
-            calibration = SharedCalibration(batches)
-        selection = convert(model, config.method, calibration=calibration)
-    if kept is None:
-        with _raised_everywhere():
-            if dist.get_rank() == 0:
-                run.write_json(SELECTION, selection.to_json())
-
-
 def _choose_layout(
     run: RunFolder, config: RunConfig, data: PreparedData, workers: Workers
 ) -> Layout:
@@ -387,7 +337,7 @@ def _choose_layout(
         logger.info("the base is in %s on %d workers: %s", layout.sharding, size, reason)
     if world is None:
         dist.barrier()  # everybody has looked for world.json before it appears
-        with _raised_everywhere():
+        with raised_everywhere():
             if workers.rank == 0:
                 on_gpu = workers.device.type == "cuda"
                 world = {
@@ -403,18 +353,3 @@ def _choose_layout(
 def _recorded_threads(run: RunFolder, num_threads: int) -> int:
     world = run.read_json("world.json")
     return int(world["num_threads"]) if world else num_threads
-
-
-@contextmanager
-def _raised_everywhere() -> Iterator[None]:
-    """Make an S2FTError of one worker the error of all."""
-    mine: S2FTError | None = None
-    try:
-        yield
-    except S2FTError as error:
-        mine = error
-    errors: list[S2FTError | None] = [None] * dist.get_world_size()
-    dist.all_gather_object(errors, mine)
-    for found in errors:
-        if found is not None:
-            raise found

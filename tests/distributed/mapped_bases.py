@@ -7,6 +7,15 @@ import runs
 import torch
 from transformers import AutoModelForCausalLM
 
+WIDE = {
+    "hidden_size": 512,
+    "intermediate_size": 1408,
+    "num_hidden_layers": 6,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 4,
+    "head_dim": 64,
+}
+
 
 def save_in_files(folder: Path, size: str, **config: Any) -> Path:
     """Save a base as several files, its embeddings tied."""

@@ -9,6 +9,8 @@ import pytest
 import runs
 import torch
 from gloo import GlooPool
+from mapped_bases import WIDE, save_in_files
+from transformers import MixtralConfig
 
 from s2ft_ray.method import Adapter, S2FTConfig, Selection, convert, convert_with
 from s2ft_ray.training.run_folder import SELECTION, RunFolder
@@ -71,11 +73,19 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def train_in(
     pool: GlooPool, folder: Path, base: Path, sharding: str = "replicate", **sections: Any
 ) -> RunFolder:
-    parallel = {"num_workers": pool.world_size, "sharding": sharding}
-    optim = {"max_steps": 2, "global_batch_size": 8, "micro_batch_size": 2, "lr": 1e-2}
-    run = runs.make_run(folder, base, parallel=parallel, optim=optim, **sections)
+    run = make_run(pool, folder, base, sharding, **sections)
     pool.run(runs.train, run.path)
     return run
+
+
+def make_run(
+    pool: GlooPool, folder: Path, base: Path, sharding: str = "replicate", **sections: Any
+) -> RunFolder:
+    parallel = {"num_workers": pool.world_size, "sharding": sharding}
+    if sharding == "hybrid":
+        parallel["shard_group"] = 2
+    optim = {"max_steps": 2, "global_batch_size": 8, "micro_batch_size": 2, "lr": 1e-2}
+    return runs.make_run(folder, base, parallel=parallel, optim=optim, **sections)
 
 
 @pytest.mark.parametrize("selection", ["activation", "gradient"])
@@ -95,6 +105,79 @@ def test_a_run_selects_the_same_with_one_and_two_workers_sharded_or_not(
         assert part.indices.tolist() == first["modules"][name]["indices"]
         assert float(part.delta.abs().max()) > 0
     assert adapter.config.selection == selection
+
+
+@pytest.fixture(scope="module")
+def experts_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("experts")
+    sizes = {"num_hidden_layers": 2, "num_local_experts": 4, "intermediate_size": 40}
+    return runs.save_base(folder, kind=MixtralConfig, **sizes)
+
+
+@pytest.mark.parametrize(
+    ("kind", "selection"),
+    [("dense", "gradient"), *(("experts", it) for it in ("activation", "product", "gradient"))],
+)
+def test_four_workers_select_the_same_in_each_layout(
+    one: GlooPool,
+    four: GlooPool,
+    tmp_path: Path,
+    base: Path,
+    experts_base: Path,
+    kind: str,
+    selection: str,
+) -> None:
+    source, method = (base, experts_base)[kind == "experts"], {"selection": selection}
+    alone = train_in(one, tmp_path / "one", source, method=method).read_json(SELECTION)
+    assert alone is not None
+    assert bool(alone["expert_channels"]) == (kind == "experts")
+    for sharding in ("full", "hybrid"):
+        run = train_in(four, tmp_path / sharding, source, sharding, method=method)
+        assert run.read_json(SELECTION) == alone
+        part = next(iter(Adapter.load(run.adapter).slices.values()))
+        assert float(part.delta.abs().max()) > 0
+
+
+@pytest.mark.parametrize("selection", ["activation", "gradient", "weight"])
+def test_a_run_of_a_sharded_base_looks_at_data_through_one_that_is_sharded(
+    two: GlooPool, tmp_path: Path, base: Path, selection: str
+) -> None:
+    method = {"selection": selection}
+    for sharding in ("full", "replicate"):
+        run = make_run(two, tmp_path / sharding, base, sharding, method=method)
+        is_measured = sharding == "full" and selection != "weight"
+        expected = [(True, True)] if is_measured else []  # sharded; gone before the next is loaded
+        assert two.run(measured_selection.train_and_watch, run.path) == [expected, expected]
+
+
+def test_a_run_that_goes_on_measures_nothing(two: GlooPool, tmp_path: Path, base: Path) -> None:
+    run = train_in(two, tmp_path, base, "full", method={"selection": "activation"})
+    run.adapter.rename(run.adapter.with_suffix(".gone"))
+    assert two.run(measured_selection.train_and_watch, run.path) == [[], []]
+    assert run.adapter.exists()
+
+
+# Of 20. With a gradient there is the graph beside them, and what a weight's is reduced through.
+@pytest.mark.parametrize(("selection", "num_layers"), [("product", 3), ("gradient", 10)])
+def test_a_worker_that_chooses_holds_its_part_and_a_few_layers(
+    four: GlooPool, tmp_path: Path, selection: str, num_layers: int
+) -> None:
+    sizes = {**WIDE, "hidden_size": 256, "intermediate_size": 704, "num_hidden_layers": 20}
+    base = save_in_files(tmp_path / "base", "20MB", **sizes)
+    run = make_run(four, tmp_path, base, "full", method={"selection": selection})
+    for rank in four.run(measured_selection.choose_and_measure, run.path):
+        assert rank["shard"] < 0.3 * rank["whole"]
+        layers = num_layers * rank["layer"]
+        assert rank["shard"] + rank["peak"] < 1.3 * rank["shard"] + rank["largest"] + layers
+
+
+@pytest.mark.parametrize("call", [1, 2])
+def test_a_base_that_one_worker_cant_load_is_a_fault_of_all(
+    two: GlooPool, tmp_path: Path, base: Path, call: int
+) -> None:
+    run = make_run(two, tmp_path, base, "full", method={"selection": "activation"})
+    faults = two.run(measured_selection.train_with_a_fault, run.path, call)
+    assert faults == ["model.name_or_path: can't be read here"] * 2
 
 
 def test_a_run_that_goes_on_keeps_its_selection(

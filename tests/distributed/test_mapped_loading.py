@@ -13,7 +13,7 @@ import pytest
 import runs
 import torch
 from gloo import GlooPool
-from mapped_bases import is_mapped, save_in_files
+from mapped_bases import WIDE, is_mapped, save_in_files
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from transformers import (
@@ -33,14 +33,6 @@ from s2ft_ray.method import Adapter, convert, slice_layers
 from s2ft_ray.training.parallel import Layout, Workers, shard_model
 
 MIB = 2**20
-WIDE = {
-    "hidden_size": 512,
-    "intermediate_size": 1408,
-    "num_hidden_layers": 6,
-    "num_attention_heads": 8,
-    "num_key_value_heads": 4,
-    "head_dim": 64,
-}
 
 
 @pytest.fixture(autouse=True)

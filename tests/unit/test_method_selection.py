@@ -13,6 +13,8 @@ from method_models import ALL, build_model
 
 from s2ft_ray.errors import AdapterError, ConfigError
 from s2ft_ray.method import S2FTConfig, convert, count_trainable, extract_adapter, restore
+from s2ft_ray.method import scores as scores_module
+from s2ft_ray.method.decoder import Decoder
 from s2ft_ray.method.geometry import Geometry
 from s2ft_ray.method.scores import random_scores
 from s2ft_ray.method.selection import Taken, select, to_modules
@@ -299,6 +301,18 @@ def test_a_selection_by_weight_takes_the_end_of_the_coupled_norms(subset: str, f
     )
     assert selection.heads == expected_heads
     assert selection.channels == expected_channels
+
+
+@pytest.mark.parametrize("family", ["gpt2", "phi3", "qwen2_moe"])
+def test_norms_of_weights_are_the_same_in_pieces(
+    family: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config, decoder = S2FTConfig(selection="weight"), Decoder(model := build_model(family))
+    whole = scores_module.score_units(config, model, decoder)
+    monkeypatch.setattr(scores_module, "_PIECE_ENTRIES", 500)  # 7 rows of a weight, or one
+    pieces = scores_module.score_units(config, model, decoder)
+    for key, score in whole.items():
+        torch.testing.assert_close(pieces[key], score, rtol=1e-12, atol=0)
 
 
 def test_a_selection_by_weight_knows_no_seed_but_avoids() -> None:
