@@ -124,3 +124,20 @@ def assert_same_state(model: nn.Module, expected: dict[str, torch.Tensor]) -> No
     for name, value in state.items():
         assert value.dtype == expected[name].dtype, name
         assert torch.equal(value, expected[name]), name
+
+
+def make_batch(seed: int, lengths: tuple[int, ...] = (9, 5, 7), pad_id: int = 0) -> dict[str, Any]:
+    """Rows padded on the right, with labels for the second half of each."""
+    shape = (len(lengths), max(lengths))
+    generator = torch.Generator().manual_seed(seed)
+    ids = torch.randint(3, VOCABULARY, shape, generator=generator)
+    mask = torch.arange(shape[1]) < torch.tensor(lengths).unsqueeze(1)
+    is_target = mask & (torch.arange(shape[1]) >= torch.tensor(lengths).unsqueeze(1) // 2)
+    return {
+        "input_ids": ids.where(mask, pad_id),
+        "attention_mask": mask.long(),
+        "labels": ids.where(is_target, -100),
+    }
+
+
+BATCHES = [make_batch(0), make_batch(1, (4, 11)), make_batch(2, (6,))]

@@ -10,9 +10,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from method_models import (
     ARCHITECTURES,
-    VOCABULARY,
+    BATCHES,
     assert_same_state,
     build_model,
+    make_batch,
     projections_of,
     snapshot,
 )
@@ -23,23 +24,6 @@ from s2ft_ray.method.calibration import activation_norms, gradient_norms
 from s2ft_ray.method.decoder import Decoder
 
 BOTH = {"o": 0.25, "down": 0.1}
-
-
-def make_batch(seed: int, lengths: tuple[int, ...] = (9, 5, 7), pad_id: int = 0) -> dict[str, Any]:
-    """Rows padded on the right, with labels for the second half of each."""
-    shape = (len(lengths), max(lengths))
-    generator = torch.Generator().manual_seed(seed)
-    ids = torch.randint(3, VOCABULARY, shape, generator=generator)
-    mask = torch.arange(shape[1]) < torch.tensor(lengths).unsqueeze(1)
-    is_target = mask & (torch.arange(shape[1]) >= torch.tensor(lengths).unsqueeze(1) // 2)
-    return {
-        "input_ids": ids.where(mask, pad_id),
-        "attention_mask": mask.long(),
-        "labels": ids.where(is_target, -100),
-    }
-
-
-BATCHES = [make_batch(0), make_batch(1, (4, 11)), make_batch(2, (6,))]
 
 
 def last_weights(model: Any) -> dict[tuple[int, str], tuple[Any, Any]]:

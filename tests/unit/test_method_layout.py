@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+import re
 from typing import Any
 
 import pytest
@@ -11,6 +12,7 @@ from hypothesis import strategies as st
 from method_models import ALL, assert_same_state, build_model, projections_of, snapshot, tokens
 from torch import nn
 
+from s2ft_ray.errors import ConfigError
 from s2ft_ray.method import (
     Adapter,
     S2FTConfig,
@@ -24,6 +26,7 @@ from s2ft_ray.method import (
     slice_layers,
 )
 from s2ft_ray.method.layout import permuted_parameters
+from s2ft_ray.method.selection import KINDS as KINDS_OF_UNITS
 
 # The kinds of coupled weights: biases, a full-width norm, fused, transposed and interleaved
 # weights, two matrices, experts of two kinds.
@@ -54,8 +57,12 @@ def assert_close(adapter: Adapter, other: Adapter, tolerance: float) -> None:
         torch.testing.assert_close(part.delta, twin.delta, rtol=0, atol=tolerance, msg=name)
 
 
+Case = tuple[str, dict[str, Any], S2FTConfig, S2FTConfig | None, torch.dtype]
+"""Family, its sizes, what is selected, what an adapter to avoid holds, and the dtype."""
+
+
 @st.composite
-def cases(draw: Any) -> tuple[str, dict[str, Any], S2FTConfig, torch.dtype]:
+def cases(draw: Any) -> Case:
     family = draw(st.sampled_from(KINDS))
     kv, group = draw(st.integers(1, 3)), draw(st.integers(1, 3))
     if family in ("gpt2", "gpt_neox", "opt"):
@@ -81,23 +88,54 @@ def cases(draw: Any) -> tuple[str, dict[str, Any], S2FTConfig, torch.dtype]:
         budgets=budgets,
         selection=draw(st.sampled_from(["random", "weight"])),
         allocation=draw(st.sampled_from(["uniform", "global"])),
+        layers=draw(st.sampled_from([None, [0], [1], [1, 0]])),
         seed=draw(st.integers(0, 99)),
     )
-    return family, sizes, config, draw(st.sampled_from([torch.float32, torch.bfloat16]))
+    held = draw(st.none() | st.dictionaries(known, st.floats(0.01, 0.4), min_size=1))
+    avoided = held and S2FTConfig(budgets=held, seed=draw(st.integers(0, 99)))
+    return family, sizes, config, avoided, draw(st.sampled_from([torch.float32, torch.bfloat16]))
+
+
+def adapters_of(model: Any, config: S2FTConfig | None) -> list[Adapter]:
+    """An adapter that holds what `config` selects; none for None."""
+    if config is None:
+        return []
+    convert(model, config)
+    adapter = extract_adapter(model)
+    restore(model)
+    return [adapter]
 
 
 @settings(max_examples=25, deadline=None)
 @given(cases())
 def test_both_layouts_select_train_and_extract_the_same(
-    case: tuple[str, dict[str, Any], S2FTConfig, torch.dtype],
+    case: Case,
 ) -> None:
-    family, sizes, config, dtype = case
+    family, sizes, config, avoided, dtype = case
     gathered = build_model(family, **sizes).to(dtype)
     permuted = copy.deepcopy(gathered)
     base, identity = snapshot(gathered), base_fingerprint(gathered)
     plain = gathered(tokens()).logits.detach()
-    selection = convert(gathered, config)
-    assert convert(permuted, config.model_copy(update={"layout": "permuted"})) == selection
+    other = config.model_copy(update={"layout": "permuted"})
+    avoid = adapters_of(gathered, avoided)
+    try:
+        selection = convert(gathered, config, avoid=avoid)
+    except ConfigError as error:  # too little is left
+        assert avoid
+        with pytest.raises(ConfigError, match=re.escape(str(error))):
+            convert(permuted, other, avoid=avoid)
+        assert_same_state(permuted, base)
+        return
+    assert convert(permuted, other, avoid=avoid) == selection
+    assert {layer for kind in KINDS_OF_UNITS for layer in getattr(selection, kind)} <= {
+        *(config.layers or range(2))
+    }
+    for part in avoid:
+        for name, taken in part.slices.items():
+            if name in selection.modules:
+                mine = torch.tensor(selection.modules[name].indices)
+                both = torch.cat([mine, taken.indices], dim=-1).sort(dim=-1).values
+                assert bool((both.diff(dim=-1) > 0).all()), name
     assert_same_state(permuted, base)
     assert base_fingerprint(permuted) == identity
     exact = dtype == torch.float32
