@@ -6,7 +6,7 @@ import pytest
 from transformers import AutoTokenizer, LlamaConfig, MistralConfig, PretrainedConfig
 
 from s2ft_ray.config import RunConfig, load_config
-from s2ft_ray.data import encode_prompt
+from s2ft_ray.data import encode_prompt, render_prompt
 from s2ft_ray.method import check_supported, count_trainable
 
 REPO = Path(__file__).parents[2]
@@ -73,6 +73,20 @@ def test_training_prompt_is_the_prompt_that_is_scored(monkeypatch: pytest.Monkey
     tokenizer.chat_template = (REPO / config.data.chat_template).read_text()
     row = {"instruction": "What is 1 + 1?", "input": "", "output": "2"}
     assert encode_prompt(row, tokenizer) == scored
+
+
+@pytest.mark.parametrize("model", SHAPES)
+def test_an_instructions_input_stands_in_a_block_of_its_own(model: str) -> None:
+    config = load_config(REPO / "jobs" / "configs" / "paper" / f"{model}-instruction.yaml")
+    assert (config.data.format, config.data.chat_template) == ("instruction", None)
+    tokenizer = AutoTokenizer.from_pretrained(REPO / "s2ft_ray" / "bases" / "tiny")
+    tokenizer.chat_template = None  # as the bases that are named
+    row = {"instruction": "Add up.", "input": "1, 1", "output": "2"}
+    assert render_prompt(row, tokenizer) == (
+        "### Instruction:\nAdd up.\n\n### Input:\n1, 1\n\n### Response:\n"
+    )
+    plain = render_prompt({**row, "input": ""}, tokenizer)
+    assert plain == "### Instruction:\nAdd up.\n\n### Response:\n"
 
 
 @pytest.mark.parametrize("path", SMALL, ids=lambda path: path.stem)
