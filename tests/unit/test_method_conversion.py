@@ -13,6 +13,7 @@ import pytest
 import torch
 from method_models import ALL, FAMILIES, assert_same_state, build_model, snapshot, tokens
 from torch import nn
+from transformers import Gemma3Config
 
 from s2ft_ray.errors import AdapterError, ConfigError
 from s2ft_ray.method import (
@@ -224,6 +225,8 @@ def test_an_unsupported_architecture_is_named_beside_the_supported() -> None:
         convert(model, CONFIG)
     with pytest.raises(ConfigError, match="None is not supported"):
         check_supported(object())
+    with pytest.raises(ConfigError, match=r"'gemma3' is not supported; .* gemma3_text"):
+        check_supported(Gemma3Config())  # the multimodal checkpoints'
     assert {"llama", "phi3", "gpt2", "mixtral"} <= set(supported_architectures())
 
 
