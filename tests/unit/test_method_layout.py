@@ -151,6 +151,34 @@ def test_both_layouts_select_train_and_extract_the_same(
     assert_same_state(permuted, base)
 
 
+@pytest.mark.parametrize("family", ["llama", *KINDS])
+def test_a_permuted_model_generates_what_its_plain_one_does(family: str) -> None:
+    def generate(model: Any, **options: Any) -> torch.Tensor:
+        ids = tokens(shape=(2, 5))
+        return model.generate(
+            ids,
+            attention_mask=torch.ones_like(ids),
+            do_sample=False,
+            min_new_tokens=12,
+            max_new_tokens=12,
+            pad_token_id=0,
+            **options,
+        )
+
+    model, plain = build_model(family), build_model(family)
+    budgets = dict.fromkeys(projections_of(family), 0.3)
+    convert(model, S2FTConfig(budgets=budgets, layout="permuted"))
+    assert list(permuted_parameters(model))
+    base = generate(plain)
+    assert torch.equal(generate(model), base)
+    train(model, steps=20)
+    plain.load_state_dict(model.state_dict())
+    trained = generate(plain)
+    assert not torch.equal(trained, base)
+    assert torch.equal(generate(model), trained)
+    assert torch.equal(generate(model, use_cache=False), trained)
+
+
 def test_what_is_trained_lies_in_one_piece() -> None:
     model = build_model("olmo2", num_key_value_heads=8)
     config = S2FTConfig(
