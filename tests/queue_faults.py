@@ -38,19 +38,10 @@ class SecondNode:
         self._changing = threading.Lock()
 
     def replace(self) -> None:
-        """End what is left of it, and let another one join the cluster; wait for it.
-
-        Where the head is away it can't join: it is tried again until that is back.
-        """
-        deadline = time.monotonic() + PATIENCE_S
+        """End what is left of it, and let another one join the cluster; wait for it."""
         with self._changing:
-            while True:
-                self.end()
-                try:
-                    return self._start()
-                except AssertionError:
-                    if time.monotonic() > deadline:
-                        raise
+            self.end()
+            self._start()
 
     def _start(self) -> None:
         env = {**self._node.env, "RAY_raylet_start_wait_time_s": str(int(PATIENCE_S))}
@@ -99,6 +90,8 @@ class Faults:
             "head": self._restart_head,
         }
         self._locks = {name: threading.Lock() for name in self._faults}
+        self._head = threading.Lock()
+        """Held while the head is away, which no node can join, and while one joins."""
 
     def do(self, name: str) -> str:
         """Do one by its name."""
@@ -153,7 +146,8 @@ class Faults:
         for raylet in raylets:
             _kill(raylet)
         time.sleep(self._rng.uniform(5.0, 20.0))
-        self._second.replace()
+        with self._head:
+            self._second.replace()
         return f"killed {[it.pid for it in raylets]}, and another node came"
 
     def _cut_database(self) -> str:
@@ -201,12 +195,15 @@ class Faults:
         pid = self._pid("ray")
         if pid is None:
             raise MissedError("none was there")
-        head = [it for it in psutil.Process(pid).children() if _is_a(it, "gcs_server", "raylet")]
-        for process in [*head, psutil.Process(pid)]:
-            _kill(process)
-        done = self._node.s2ft("up")
-        if self._second:
-            self._second.replace()
+        with self._head:
+            head = [
+                it for it in psutil.Process(pid).children() if _is_a(it, "gcs_server", "raylet")
+            ]
+            for process in [*head, psutil.Process(pid)]:
+                _kill(process)
+            done = self._node.s2ft("up")
+            if self._second:
+                self._second.replace()
         return f"killed {len(head) + 1} processes; s2ft up: {done.returncode} {done.stderr[-300:]}"
 
 
