@@ -1,17 +1,26 @@
 """Serve's handles as the ingress and the watcher use them: glue.
 
-Invariant: a call that is left (its client went away, its time is up) is cancelled in the replica.
-Requests go to a base by gRPC: by Ray's objects, a handle's default in the process that binds it, a
-streamed token costs twice as much.
+Invariant: a call that is left (its client went away, its time is up) is cancelled in the replica,
+and one whose replica died is told from one that its caller left. Streams come by gRPC: by Ray's
+objects, a handle's default in the process that binds it, a token costs twice as much. Whole
+answers come by Ray's objects: by gRPC a replica's acceptance would come with the answer.
 """
 
-from collections.abc import AsyncGenerator
+import asyncio
+import logging
+from collections.abc import AsyncGenerator, Iterator
+from contextlib import contextmanager, suppress
 from typing import Any, cast
 
-from grpc import RpcError
+from grpc import StatusCode
+from grpc.aio import AioRpcError
 from ray.exceptions import RayActorError
 from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
-from ray.serve.handle import DeploymentHandle, DeploymentResponse
+from ray.serve.handle import (
+    DeploymentHandle,
+    DeploymentResponse,
+    DeploymentResponseGenerator,
+)
 
 from s2ft_ray.registry import AliasMove, ModelRef
 from s2ft_ray.serving.catalog import Catalog
@@ -20,10 +29,13 @@ from s2ft_ray.serving.routes import Route, ServedRequest
 from s2ft_ray.serving.service import ReplicaLostError
 from s2ft_ray.serving.wire_errors import ApiError
 
+log = logging.getLogger("ray.serve")
 WATCHER = "Watcher"
 """The watcher's deployment."""
 _ALL_TIMEOUT_S = 10.0
 """For an answer of every replica."""
+_LOST = (StatusCode.UNAVAILABLE, StatusCode.CANCELLED)
+"""gRPC's words for a replica that died or was ending; its others are faults of our own."""
 
 
 class BaseHandle:
@@ -31,51 +43,57 @@ class BaseHandle:
 
     def __init__(self, handle: DeploymentHandle) -> None:
         self._handle = handle
-        self._whole = handle.options(_by_reference=False)
-        self._streams = self._whole.options(stream=True, response_serialization="pickle")
+        self._whole = handle.options(_by_reference=True)
+        self._streams = handle.options(
+            stream=True, _by_reference=False, response_serialization="pickle"
+        )
 
     async def whole(self, served: ServedRequest) -> str | ApiError:
         """Answer in one body. Raises ReplicaLostError, ApiError where the queue is full."""
         response = self._whole.whole.remote(served)
         try:
-            return cast(str | ApiError, await response)
-        except (RayActorError, RpcError) as error:
-            raise ReplicaLostError(_first_line(error)) from error
-        except (BackPressureError, DeploymentUnavailableError) as error:
-            raise _full(error) from error
+            with _faults():
+                return cast(str | ApiError, await response)
         finally:
-            response.cancel()  # of no effect on one that is over
+            _leave(response)
 
     async def stream(self, served: ServedRequest) -> AsyncGenerator[str | ApiError]:
         """Answer in server-sent events. Raises what `whole` raises."""
         response = self._streams.stream.remote(served)
         try:
-            async for item in response:
-                yield item
-        except (RayActorError, RpcError) as error:
-            raise ReplicaLostError(_first_line(error)) from error
-        except (BackPressureError, DeploymentUnavailableError) as error:
-            raise _full(error) from error
+            with _faults():
+                async for item in response:
+                    yield item
         finally:
-            response.cancel()
+            _leave(response)
 
     async def ping(self) -> None:
         """Raise unless a replica answers and its engine works."""
-        await self._handle.ping.remote()
+        with _faults():
+            await self._handle.ping.remote()
 
     async def adapters(self) -> list[dict[str, Any]]:
-        """Return what each replica holds of each adapter; one that is dying tells nothing."""
-        asked = self._handle.broadcast("adapters")
-        told = await asked.results_async(timeout_s=_ALL_TIMEOUT_S, return_exceptions=True)
+        """Return what each replica holds of each adapter; one that is dying tells nothing.
+
+        Nothing is told either where there is no replica, or one that doesn't answer in time.
+        """
+        try:
+            asked = self._handle.broadcast("adapters")
+            told = await asked.results_async(timeout_s=_ALL_TIMEOUT_S, return_exceptions=True)
+        except (DeploymentUnavailableError, TimeoutError) as error:
+            log.warning("what the replicas hold can't be told now: %r", error)
+            return []
         return [adapter for held in told if isinstance(held, list) for adapter in held]
 
     async def describe(self) -> Route:
         """Return the route to the base alone."""
-        return cast(Route, await self._handle.describe.remote())
+        with _faults():
+            return cast(Route, await self._handle.describe.remote())
 
     async def check(self, route: Route) -> str | None:
         """Try an adapter and leave it warm; return what is wrong with it."""
-        return cast(str | None, await self._handle.check.remote(route))
+        with _faults():
+            return cast(str | None, await self._handle.check.remote(route))
 
     async def release(self, key: AdapterKey) -> None:
         """Have every replica drop an adapter once no request uses it."""
@@ -90,8 +108,13 @@ class WatcherHandle:
         self._handle = handle
 
     async def catalog(self, after: tuple[str, int]) -> Catalog:
-        """Return the catalog once it is another than `after`."""
-        return cast(Catalog, await self._handle.catalog.remote(after))
+        """Return the catalog once it is another than `after`. Raises ReplicaLostError, ApiError."""
+        response = self._handle.catalog.remote(after)
+        try:
+            with _faults():
+                return cast(Catalog, await response)
+        finally:
+            _leave(response)
 
     async def find(self, ref: ModelRef) -> Route | str | ApiError:
         """Return the route to one version, why there is none, or why nobody can tell."""
@@ -120,14 +143,42 @@ class WatcherHandle:
 async def _answer_of(response: DeploymentResponse[Any]) -> Any:
     """Return the watcher's answer; an ApiError where it died or isn't there."""
     try:
-        return await response
-    except (RayActorError, BackPressureError, DeploymentUnavailableError) as error:
-        reason = _first_line(error)
+        with _faults():
+            return await response
+    except (ReplicaLostError, ApiError) as error:
+        reason = _first_line(error.__cause__ or error)
         return ApiError(
             503, f"The watcher of the registry is being restarted: {reason}", retry_after_s=2
         )
     finally:
-        response.cancel()  # of no effect on one that is over
+        _leave(response)
+
+
+def _leave(response: DeploymentResponse[Any] | DeploymentResponseGenerator[Any]) -> None:
+    """Have the replica end a call; of no effect on one that is over."""
+    with suppress(Exception):  # what kept it from a replica is raised here a second time
+        response.cancel()
+
+
+@contextmanager
+def _faults() -> Iterator[None]:
+    """Turn Ray's and gRPC's faults of a call into ReplicaLostError, or ApiError without a queue."""
+    try:
+        yield
+    except RayActorError as error:
+        raise ReplicaLostError(_first_line(error)) from error
+    except AioRpcError as error:
+        if error.code() not in _LOST:
+            raise
+        raise ReplicaLostError(_first_line(error)) from error
+    except asyncio.CancelledError as error:
+        task = asyncio.current_task()
+        if task is None or task.cancelling():
+            raise
+        # its connection was closed under it: who waits here hasn't left
+        raise ReplicaLostError("the call was cancelled from outside") from error
+    except (BackPressureError, DeploymentUnavailableError) as error:
+        raise _full(error) from error
 
 
 def _full(error: Exception) -> ApiError:
@@ -137,5 +188,5 @@ def _full(error: Exception) -> ApiError:
     return ApiError(503, "This model's replicas can't be started now", retry_after_s=30)
 
 
-def _first_line(error: Exception) -> str:
+def _first_line(error: BaseException) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
