@@ -239,7 +239,7 @@ class Service:
         self, request: CompletionRequest | ChatRequest, caller: Caller
     ) -> AsyncGenerator[str]:
         started, status = time.monotonic(), 499  # nginx's number for a client that left
-        tags = {"model": "", "version": "", "tenant": caller.tenant.name}
+        tags = self._tags(request.model, caller)
         self._running += 1
         self._counts.running(self._running)
         try:
@@ -266,10 +266,23 @@ class Service:
             raise ApiError(
                 504, f"The answer wasn't whole after {limit:g} s; ask for less"
             ) from None
+        except Exception:
+            status = 500
+            raise
         finally:
             self._running -= 1
             self._counts.running(self._running)
             self._counts.ended(tags, status, time.monotonic() - started)
+
+    def _tags(self, model_id: str, caller: Caller) -> dict[str, str]:
+        """Return what a request counts under before it is admitted: no made-up name."""
+        tags = {"model": "", "version": "", "tenant": caller.tenant.name}
+        with suppress(ApiError):
+            found = self._catalog.resolve(model_id, caller.principal)
+            if isinstance(found, Route):
+                return tags_of(found, caller.tenant.name)
+            tags["model"] = found.name
+        return tags
 
     async def _retrying(self, served: ServedRequest) -> AsyncGenerator[str]:
         base = self._bases[served.route.base_id]

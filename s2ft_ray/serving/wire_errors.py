@@ -44,6 +44,8 @@ class ApiError(Exception):
     @property
     def headers(self) -> dict[str, str]:
         """What belongs beside the body: when to come back, and whether to."""
+        if self.status == 504:  # OpenAI's SDK would have all that work done twice more
+            return {"x-should-retry": "false"}
         if self.retry_after_s is not None:
             return {"Retry-After": str(max(1, round(self.retry_after_s)))}
         return {}

@@ -27,6 +27,20 @@ class Silent:
         return lambda *_: None
 
 
+class Ledger:
+    """Keeps how each request ended."""
+
+    def __init__(self) -> None:
+        self.ends: list[tuple[str, str, str, int]] = []
+
+    def ended(self, tags: dict[str, str], status: int, _seconds: float) -> None:
+        self.ends.append((tags["tenant"], tags["model"], tags["version"], status))
+
+    def running(self, count: int) -> None: ...
+
+    def retried(self) -> None: ...
+
+
 class Parrot:
     """An engine that says `text` whatever it is asked, token by token."""
 

@@ -10,8 +10,8 @@ from serving_fakes import (
     FakeAccounts,
     FakeBase,
     FakeWatcher,
+    Ledger,
     Parrot,
-    Silent,
     adapter_route,
     make_catalog,
 )
@@ -34,18 +34,24 @@ class Site:
     """A served API, and clients of it."""
 
     def __init__(
-        self, http: TestClient, engine: Parrot, watcher: FakeWatcher, base: FakeBase
+        self,
+        http: TestClient,
+        engine: Parrot,
+        watcher: FakeWatcher,
+        base: FakeBase,
+        ledger: Ledger,
     ) -> None:
         self.http = http
+        self.ledger = ledger
         self.engine = engine
         self.base = base
         self.watcher = watcher
 
-    def client(self, owner: str = "operator") -> openai.OpenAI:
+    def client(self, owner: str = "operator", retries: int = 0) -> openai.OpenAI:
         return openai.OpenAI(
             base_url="http://testserver/v1",
             api_key=f"key-{owner}",
-            max_retries=0,
+            max_retries=retries,
             http_client=self.http,
         )
 
@@ -66,11 +72,12 @@ def served(
 ) -> Iterator[Site]:
     engine, watcher = Parrot(text), FakeWatcher(catalog or make_catalog(ACME, GLOBEX))
     base = FakeBase(engine, deaths, dies_after)
-    service = Service(ServingSettings(**settings), {BASE: base}, watcher, Silent())
+    ledger = Ledger()
+    service = Service(ServingSettings(**settings), {BASE: base}, watcher, ledger)
     known = None if settings.get("no_auth") else accounts or FakeAccounts()
     api = build_api(service, Access(known))  # type: ignore[arg-type]
     with TestClient(api, raise_server_exceptions=False) as http:
-        site = Site(http, engine, watcher, base)
+        site = Site(http, engine, watcher, base, ledger)
         while (
             watcher.current.is_ready
             and site.http.get(

@@ -12,15 +12,24 @@ import pytest
 from serving_fakes import (
     BASE,
     FakeAccounts,
+    FakeBase,
+    FakeWatcher,
+    Ledger,
+    Parrot,
     adapter_route,
     make_catalog,
 )
 from serving_site import ACME, GLOBEX, GOOD, Site, served
 
+from s2ft_ray.accounts import Principal, Tenant
 from s2ft_ray.registry import ModelRef
 from s2ft_ray.serving import service as service_module
 from s2ft_ray.serving.access import Access
 from s2ft_ray.serving.catalog import Catalog, CatalogModel
+from s2ft_ray.serving.routes import ServedRequest
+from s2ft_ray.serving.schemas import CompletionRequest
+from s2ft_ray.serving.service import Caller, Service
+from s2ft_ray.serving.settings import ServingSettings
 from s2ft_ray.serving.wire_errors import ApiError
 
 
@@ -137,9 +146,10 @@ def test_a_stream_whose_replica_dies_ends_with_an_error() -> None:
 def test_an_answer_that_takes_too_long_is_given_up() -> None:
     with served(request_timeout_s=0.2) as site:
         site.engine.pause_s = 0.15
-        reply = site.post(GOOD)
-        assert reply.status_code == 504
-        assert site.engine.num_closed_early == 1
+        with pytest.raises(openai.InternalServerError, match="wasn't whole") as refused:
+            site.client(retries=2).completions.create(**GOOD)
+        assert refused.value.status_code == 504
+        assert len(site.engine.requests) == site.engine.num_closed_early == 1
         body = site.post({**GOOD, "stream": True}).text
         *_, last = [line for line in body.split("\n\n") if line]
         assert "wasn't whole" in json.loads(last.removeprefix("data: "))["error"]["message"]
@@ -210,3 +220,38 @@ def test_an_error_inside_is_a_500_without_its_text() -> None:
         assert reply.status_code == 500
         assert reply.headers["x-request-id"] in reply.json()["error"]["message"]
         assert "None" not in reply.text
+
+
+def test_an_error_of_the_service_itself_counts_as_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def fail(_: ServedRequest) -> str:
+        raise RuntimeError("a fault")
+
+    with served() as site:
+        monkeypatch.setattr(site.base, "whole", fail)
+        assert site.post(GOOD).status_code == 500
+        assert site.ledger.ends == [("operator", BASE, "", 500)]
+
+
+def test_a_client_that_leaves_counts_as_one() -> None:
+    async def leave() -> list[tuple[str, str, str, int]]:
+        ledger, base = Ledger(), FakeBase(Parrot())
+        watcher = FakeWatcher(make_catalog())
+        service = Service(ServingSettings(), {BASE: base}, watcher, ledger)
+        await service.start()
+        caller = Caller(Principal("k0", None, True), Tenant(name="operator"), "r")
+        texts = await service.stream(CompletionRequest(**GOOD, stream=True), caller)
+        await texts.aclose()  # type: ignore[attr-defined]
+        await service.stop()
+        return ledger.ends
+
+    assert asyncio.run(leave()) == [("operator", BASE, "", 499)]
+
+
+def test_what_is_refused_counts_under_a_model_that_the_caller_may_see() -> None:
+    with served(accounts=FakeAccounts(requests_per_minute=1)) as site:
+        acme = {"Authorization": "Bearer key-acme"}
+        assert site.post(GOOD, **acme).status_code == 200
+        for model in ("acme.bot", "acme.bot:7", "globex.bot", "made-up", BASE):
+            assert site.post({**GOOD, "model": model}, **acme).status_code == 429
+        counted = [(model, version) for _, model, version, _ in site.ledger.ends[1:]]
+        assert counted == [("acme.bot", "1"), ("acme.bot", ""), ("", ""), ("", ""), (BASE, "")]
