@@ -39,6 +39,11 @@ class Layout:
 
     parts: dict[str, SlotPart]
 
+    @property
+    def num_rows(self) -> int:
+        """How many rows that takes."""
+        return sum(part.count for part in self.parts.values())
+
 
 @dataclass(eq=False, slots=True)
 class Slot:
@@ -116,20 +121,28 @@ class DeviceSlots:
                     f"{key}: {name} changes rows of {width} values, the slots hold"
                     f" {self.rows.shape[1]}"
                 )
-        needed = _num_rows(adapter)
+        needed = sum(part.count for part in adapter.slices.values())
         if needed > self.rows.shape[0]:
             raise AdapterError(
                 f"{key}: takes {needed * self._row_bytes:,} bytes of the device, the slots have"
                 f" {self.size_bytes:,}; serve it with more slot bytes"
             )
 
-    def allocate(self, key: AdapterKey, adapter: Adapter) -> Slot | None:
-        """Give the adapter rows, at the cost of the least recently used ones that nobody uses.
+    def layout_of(self, adapter: Adapter) -> Layout:
+        """Return where the adapter's modules will lie among its rows."""
+        parts, at = {}, 0
+        for name, part in adapter.slices.items():
+            parts[name] = SlotPart(part.side, at, part.count)
+            at += part.count
+        return self._layouts.setdefault(tuple(parts.items()), Layout(parts))
+
+    def allocate(self, key: AdapterKey, layout: Layout) -> Slot | None:
+        """Give an adapter rows, at the cost of the least recently used ones that nobody uses.
 
         None where those in use leave no range that is long enough. The rows are still to be
         filled by `copy_in`.
         """
-        needed = _num_rows(adapter)
+        needed = layout.num_rows
         start = self._find_gap(needed)
         idle = sorted(
             (slot for slot in self if not slot.num_users and not slot.is_pinned),
@@ -149,7 +162,7 @@ class DeviceSlots:
         if start is None:
             return None
         now = time.monotonic()
-        slot = Slot(key, start, needed, self._layout_of(adapter), since=now, last_used=now)
+        slot = Slot(key, start, needed, layout, since=now, last_used=now)
         self._slots[key] = slot
         return slot
 
@@ -169,13 +182,6 @@ class DeviceSlots:
         assert not slot.num_users, f"{slot.key} is in use"
         self._slots.pop(slot.key, None)
 
-    def _layout_of(self, adapter: Adapter) -> Layout:
-        parts, at = {}, 0
-        for name, part in adapter.slices.items():
-            parts[name] = SlotPart(part.side, at, part.count)
-            at += part.count
-        return self._layouts.setdefault(tuple(parts.items()), Layout(parts))
-
     def _find_gap(self, needed: int) -> int | None:
         at = 0
         for slot in sorted(self._slots.values(), key=lambda slot: slot.start):
@@ -183,7 +189,3 @@ class DeviceSlots:
                 return at
             at = max(at, slot.start + slot.length)
         return at if self.rows.shape[0] - at >= needed else None
-
-
-def _num_rows(adapter: Adapter) -> int:
-    return sum(part.count for part in adapter.slices.values())

@@ -51,7 +51,7 @@ def make_adapter(
 
 def place(slots: DeviceSlots, layers: BatchedLayers, adapter: Adapter, number: int) -> Slot:
     key = AdapterKey("t.a", str(number), adapter.fingerprint)
-    slot = slots.allocate(key, adapter)
+    slot = slots.allocate(key, slots.layout_of(adapter))
     assert slot is not None
     slots.copy_in(slot, adapter)
     layers.prepare(key, adapter)

@@ -2,6 +2,7 @@ import asyncio
 import random
 import threading
 import time
+import weakref
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 
@@ -76,7 +77,7 @@ def _no_shortest_stay(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def allocate(world: World, number: int) -> Slot | None:
     key = world.keys[number]
-    return world.slots.allocate(key, world.adapters[key])
+    return world.slots.allocate(key, world.slots.layout_of(world.adapters[key]))
 
 
 def test_slots_hold_as_many_rows_as_their_bytes_and_count_what_is_used() -> None:
@@ -374,6 +375,63 @@ def test_any_demand_beyond_the_slots_is_served_in_bounded_time(seed: int) -> Non
         assert len(served) >= 100
         assert world.residency.num_waiting == 0
         assert all(slot.num_users == 0 for slot in world.slots)
+
+    asyncio.run(scenario())
+
+
+def test_adapters_that_wait_are_in_host_memory_within_its_bytes_and_are_served_in_the_end() -> None:
+    async def scenario() -> None:
+        num_adapters, budget = 60, 2
+        size = 4 * (WIDTH * 4 + 4)
+        world = World(num_rows=4, host_bytes=budget * size, sizes=[4] * num_adapters)
+        world.adapters.clear()
+        live: weakref.WeakSet[Adapter] = weakref.WeakSet()
+
+        def load(key: AdapterKey) -> Adapter:
+            adapter = make_adapter(world.keys.index(key))
+            live.add(adapter)
+            return adapter
+
+        store = AdapterStore(load, "b", budget * size, world.events)
+        world.residency = Residency(world.slots, store, lambda _key, _adapter: None, world.events)
+
+        async def use(key: AdapterKey) -> None:
+            slot = await world.residency.acquire(key)
+            world.assert_holds(slot)
+            world.residency.release(slot)
+
+        first = await world.residency.acquire(world.keys[0])
+        waiting = [asyncio.create_task(use(key)) for key in world.keys[1:]]
+        async with asyncio.timeout(10):
+            while world.residency.num_waiting < num_adapters - 1 or len(live) > budget:
+                await asyncio.sleep(0.001)
+        world.residency.release(first)
+        most = 0
+        while not all(task.done() for task in waiting):
+            most = max(most, len(live))
+            await asyncio.sleep(0)
+        assert most <= budget + 4
+        await asyncio.gather(*waiting)
+
+    asyncio.run(scenario())
+
+
+def test_an_adapter_whose_files_have_gone_while_it_waited_is_told_and_holds_up_nobody() -> None:
+    async def scenario() -> None:
+        world = World(num_rows=4, host_bytes=0)
+        slot = await world.residency.acquire(world.keys[0])
+        gone = asyncio.create_task(world.residency.acquire(world.keys[1]))
+        while world.residency.num_waiting < 1:
+            await asyncio.sleep(0.001)
+        other = asyncio.create_task(world.residency.acquire(world.keys[2]))
+        while world.residency.num_waiting < 2:
+            await asyncio.sleep(0.001)
+        world.adapters[world.keys[1]] = make_adapter(9)
+        world.residency.release(slot)
+        async with asyncio.timeout(5):
+            with pytest.raises(AdapterError, match="the registry names"):
+                await gone
+            world.assert_holds(await other)
 
     asyncio.run(scenario())
 
