@@ -8,15 +8,23 @@ from typing import TYPE_CHECKING, Any
 from s2ft_ray.bases.folders import base_name, find_folder, local_folder, resolve_base
 
 if TYPE_CHECKING:
-    from s2ft_ray.bases.loading import load_base_model, load_model_config, load_tokenizer
+    from s2ft_ray.bases.loading import (
+        TRIAL_TURNS,
+        load_base_model,
+        load_model_config,
+        load_tokenizer,
+        read_template,
+    )
 
 __all__ = [
+    "TRIAL_TURNS",
     "base_name",
     "find_folder",
     "load_base_model",
     "load_model_config",
     "load_tokenizer",
     "local_folder",
+    "read_template",
     "resolve_base",
 ]
 

@@ -126,7 +126,7 @@ def load_tokenizer(model: ModelConfig, chat_template: str | None = None) -> PreT
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     if chat_template is not None:
-        tokenizer.chat_template = _read_template(chat_template)
+        tokenizer.chat_template = read_template(chat_template)
         try:
             tokenizer.apply_chat_template(TRIAL_TURNS, tokenize=False)
         except jinja2.TemplateError as error:
@@ -136,7 +136,11 @@ def load_tokenizer(model: ModelConfig, chat_template: str | None = None) -> PreT
     return tokenizer
 
 
-def _read_template(chat_template: str) -> str:
+def read_template(chat_template: str) -> str:
+    """Return a chat template's Jinja, from the file that holds it unless it is that.
+
+    Raises ConfigError where it is neither.
+    """
     if "{" in chat_template:
         return chat_template
     try:

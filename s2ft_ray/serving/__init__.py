@@ -3,7 +3,7 @@
     app          the deployments and how they are bound; glue to Serve, as are replica, handles,
                  metrics and exposition
     boundary, access, limits, api, service      a request from the socket to a replica
-    schemas, prompts, generation, answers, detokenizer, stops, bodies      from text to text
+    schemas, prompts, templates, generation, answers, detokenizer, stops, bodies   from text to text
     watcher, catalog, adapter_reader, canary, routes      from the registry to traffic
     requests, engine, ...                       tokens: the engine
 

@@ -7,6 +7,7 @@ engine is told to drop what isn't finished.
 import asyncio
 import time
 from collections.abc import AsyncGenerator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing, suppress
 from typing import Protocol
 
@@ -24,7 +25,7 @@ from s2ft_ray.serving.bodies import (
     whole,
 )
 from s2ft_ray.serving.detokenizer import Detokenizer, TokenTexts, decode
-from s2ft_ray.serving.prompts import Limits, answer_tokens, encode_chat, encode_prompts
+from s2ft_ray.serving.prompts import Limits, Render, answer_tokens, encode_chat, encode_prompts
 from s2ft_ray.serving.requests import (
     AdapterKey,
     FinishReason,
@@ -36,6 +37,7 @@ from s2ft_ray.serving.requests import (
 from s2ft_ray.serving.routes import ServedRequest
 from s2ft_ray.serving.schemas import ChatRequest, CompletionRequest
 
+_ENCODES_AT_ONCE = 4
 _COMPLETION_TOKENS = 16  # OpenAI's default for a completion; a chat ends where it ends
 
 
@@ -72,17 +74,27 @@ class Generator:
     """Answers requests with one engine and its tokenizer."""
 
     def __init__(
-        self, engine: Generates, tokenizer: PreTrainedTokenizerBase, limits: Limits, meter: Meter
+        self,
+        engine: Generates,
+        tokenizer: PreTrainedTokenizerBase,
+        limits: Limits,
+        meter: Meter,
+        render: Render,
     ) -> None:
+        """`render` is asked for the text of a chat whose template isn't the tokenizer's."""
         self._engine = engine
         self._tokenizer = tokenizer
         self._texts = TokenTexts(tokenizer)
         self._limits = limits
         self._meter = meter
+        self._render = render
+        # threads of their own: prompts that take long keep nobody's adapter from the device
+        self._threads = ThreadPoolExecutor(_ENCODES_AT_ONCE, thread_name_prefix="encode")
+        tokenizer("x")  # its first call may set it up anew, which no other thread may see
 
     async def whole(self, served: ServedRequest) -> str:
         """Return the whole body. Raises ApiError for what can't be answered."""
-        run = _Run(self._engine, self._tokenizer, self._limits, self._meter, served)
+        run = await self._begin(served)
         choices = [await run.echo(index) for index in range(len(run.answers))]
         async with aclosing(run.batches()) as batches:
             async for batch in batches:
@@ -95,7 +107,7 @@ class Generator:
 
         Raises ApiError for what can't be answered, before the first event.
         """
-        run = _Run(self._engine, self._tokenizer, self._limits, self._meter, served)
+        run = await self._begin(served)
         bodies = self._bodies(served)
         echoes = [await run.echo(index) for index in range(len(run.answers))]
         opening = [bodies.first(index) for index in range(len(run.answers))]
@@ -108,6 +120,17 @@ class Generator:
         if served.request.wants_usage:
             text += usage_chunk(bodies, served.identity, run.usage)
         yield text + DONE
+
+    async def _begin(self, served: ServedRequest) -> "_Run":
+        loop = asyncio.get_running_loop()
+        prompts = await loop.run_in_executor(self._threads, self._encode, served)
+        return _Run(self._engine, self._tokenizer, self._limits, self._meter, served, prompts)
+
+    def _encode(self, served: ServedRequest) -> list[list[int]]:
+        request, template = served.request, served.route.chat_template
+        if isinstance(request, CompletionRequest):
+            return encode_prompts(request, self._tokenizer, self._limits)
+        return [encode_chat(request, self._tokenizer, template, self._limits, self._render)]
 
     def _bodies(self, served: ServedRequest) -> Bodies:
         request = served.request
@@ -126,18 +149,17 @@ class _Run:
         limits: Limits,
         meter: Meter,
         served: ServedRequest,
+        prompts: list[list[int]],
     ) -> None:
         self._engine = engine
         self._meter = meter
         self._served = served
         self._tokenizer = tokenizer
+        self._prompts = prompts
         request = served.request
         if isinstance(request, ChatRequest):
-            template = served.route.chat_template
-            self._prompts = [encode_chat(request, tokenizer, template, limits)]
             asked, default = request.token_limit, None
         else:
-            self._prompts = encode_prompts(request, tokenizer, limits)
             asked, default = request.max_tokens, _COMPLETION_TOKENS
         most = answer_tokens(self._prompts, asked, default, limits)
         each = [prompt for prompt in self._prompts for _ in range(request.num_choices)]

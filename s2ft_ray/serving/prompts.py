@@ -3,7 +3,7 @@
 Invariant: what comes out fits: prompt and answer together are within the base's context.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,12 +11,16 @@ import jinja2
 from transformers import PreTrainedTokenizerBase
 
 from s2ft_ray.data import encode_prompt
+from s2ft_ray.errors import ConfigError, ServingError
 from s2ft_ray.serving.schemas import ChatRequest, CompletionRequest
 from s2ft_ray.serving.wire_errors import ApiError
 
+Render = Callable[[str, Sequence[Mapping[str, Any]], Mapping[str, Any], int], str]
+"""Template, turns, special tokens, most characters: `TemplateRenderer.render`."""
 _MAX_CHARS_A_TOKEN = 64
-# A chat template is a tenant's program: what Jinja raises, and what its expressions do.
+# Of a chat template: what Jinja raises, what its expressions do, and a renderer's refusal.
 _TEMPLATE_ERRORS = (
+    ConfigError,
     jinja2.TemplateError,
     ArithmeticError,
     AttributeError,
@@ -36,6 +40,11 @@ class Limits:
     output_tokens: int
     """The longest answer that the service allows."""
     vocab_size: int
+
+    @property
+    def max_chars(self) -> int:
+        """A text above this is refused before it is tokenized."""
+        return self.context_tokens * _MAX_CHARS_A_TOKEN
 
 
 def encode_prompts(
@@ -63,8 +72,12 @@ def encode_chat(
     tokenizer: PreTrainedTokenizerBase,
     chat_template: str | None,
     limits: Limits,
+    render: Render,
 ) -> list[int]:
-    """Return the token ids of a conversation up to where the answer begins. Raises ApiError."""
+    """Return the token ids of a conversation up to where the answer begins. Raises ApiError.
+
+    The base's own template is rendered here; another one, a tenant's program, by `render`.
+    """
     turns: list[dict[str, Any]] = []
     for message in request.messages:
         role = "system" if message.role == "developer" else message.role
@@ -77,9 +90,12 @@ def encode_chat(
             param="messages",
         )
     try:
-        text = tokenizer.apply_chat_template(
-            turns, chat_template=chat_template, tokenize=False, add_generation_prompt=True
-        )
+        if chat_template is None:
+            text = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
+        else:
+            text = render(chat_template, turns, tokenizer.special_tokens_map, limits.max_chars)
+    except ServingError:
+        raise  # of the renderer's own
     except _TEMPLATE_ERRORS as error:
         raise ApiError(
             400, f"messages: the model's chat template refuses them: {error}", param="messages"
@@ -113,9 +129,7 @@ def answer_tokens(
 
 
 def _check_chars(text: str, limits: Limits, param: str) -> None:
-    # so that a huge text is refused before it is tokenized
-    most = limits.context_tokens * _MAX_CHARS_A_TOKEN
-    if len(text) > most:
+    if len(text) > limits.max_chars:
         raise ApiError(
             400,
             f"{param}: {len(text)} characters can't fit the {limits.context_tokens} tokens of the"

@@ -38,13 +38,14 @@ class Replica:
     """One base in memory, with its engine. Methods are called through Serve's handle."""
 
     def __init__(self, base: BaseSettings, settings: ServingSettings) -> None:
-        from s2ft_ray.bases import load_base_model, load_tokenizer
+        from s2ft_ray.bases import TRIAL_TURNS, load_base_model, load_tokenizer
         from s2ft_ray.method import base_fingerprint
         from s2ft_ray.serving.adapter_reader import AdapterReader
         from s2ft_ray.serving.canary import Canary
         from s2ft_ray.serving.engine import Engine
         from s2ft_ray.serving.generation import Generator
         from s2ft_ray.serving.prompts import Limits
+        from s2ft_ray.serving.templates import TemplateRenderer
 
         self._base_id = base.model_id
         self._templates: dict[str, str] = {}
@@ -53,8 +54,7 @@ class Replica:
         if base.num_gpus:
             model.to("cuda")
         self._fingerprint = base_fingerprint(model)
-        self._load_tokenizer = partial(load_tokenizer, base.model)
-        tokenizer = self._load_tokenizer()
+        tokenizer = load_tokenizer(base.model)
         self._canary = Canary(model)
         self._adapters = AdapterReader(
             self._base_id, self._fingerprint, settings.tracking_uri, settings.adapter_disk_bytes
@@ -81,7 +81,16 @@ class Replica:
             vocab_size=int(model.config.get_text_config().vocab_size),
         )
         self._metrics = TokenMetrics()
-        self._generator = Generator(self._engine, tokenizer, limits, self._metrics)
+        self._renderer = TemplateRenderer()
+        self._try_template = partial(
+            self._renderer.render,
+            turns=TRIAL_TURNS,
+            special_tokens=tokenizer.special_tokens_map,
+            max_chars=limits.max_chars,
+        )
+        self._generator = Generator(
+            self._engine, tokenizer, limits, self._metrics, self._renderer.render
+        )
         self._loaded_at = time.time()
         self._tasks: list[asyncio.Task[None]] = []
 
@@ -185,6 +194,7 @@ class Replica:
 
     async def __del__(self) -> None:
         self._engine.stop()
+        self._renderer.close()
 
     async def _prepare(self, served: ServedRequest) -> ServedRequest:
         self._adapters.remember(served.route)
@@ -197,11 +207,20 @@ class Replica:
         return replace(served, route=replace(served.route, chat_template=template))
 
     async def _template(self, route: Route) -> str | None:
-        """Return the Jinja text of the route's chat template, which may be a file's name."""
+        """Return the Jinja text of the route's chat template, which may be a file's name.
+
+        Raises ConfigError where it can't be read, or fails on a user's and an assistant's turn.
+        """
+        from s2ft_ray.bases import read_template
+
         wanted = route.chat_template
         if wanted is not None and wanted not in self._templates:
-            tokenizer = await asyncio.to_thread(self._load_tokenizer, wanted)
-            self._templates[wanted] = str(tokenizer.chat_template)
+            text = await asyncio.to_thread(read_template, wanted)
+            try:
+                await asyncio.to_thread(self._try_template, text)
+            except ConfigError as error:
+                raise ConfigError(f"its chat template can't be used: {error}") from error
+            self._templates[wanted] = text
         return None if wanted is None else self._templates[wanted]
 
     async def _follow(self) -> None:

@@ -14,10 +14,12 @@ from s2ft_ray.serving.prompts import Limits
 from s2ft_ray.serving.requests import AdapterKey, GenerationRequest, PromptLogprob, TokenOutput
 from s2ft_ray.serving.routes import Route, ServedRequest
 from s2ft_ray.serving.service import ReplicaLostError
+from s2ft_ray.serving.templates import TemplateRenderer
 from s2ft_ray.serving.wire_errors import ApiError
 
 BASE = "s2ft://tiny"
 TOKENIZER = load_tokenizer(ModelConfig())
+RENDERER = TemplateRenderer()
 
 
 class Silent:
@@ -86,7 +88,7 @@ class FakeBase:
 
     def __init__(self, engine: Parrot, deaths: int = 0, dies_after: int = 0) -> None:
         limits = Limits(context_tokens=512, output_tokens=256, vocab_size=len(TOKENIZER))
-        self.generator = Generator(engine, TOKENIZER, limits, Silent())
+        self.generator = Generator(engine, TOKENIZER, limits, Silent(), RENDERER.render)
         self.is_stuck = False
         self.deaths = deaths
         self.dies_after = dies_after
