@@ -106,6 +106,14 @@ def test_clusters_ask_for_a_token_and_survive_their_head() -> None:
         assert cluster["rayVersion"] == pinned("ray")
 
 
+def test_no_services_clusters_share_their_redis() -> None:
+    # an upgrade runs the new cluster beside the old one: in one namespace it would load its state
+    for manifest in OF_RAY.values():
+        if manifest["kind"] == "RayService":
+            options = manifest["spec"]["rayClusterConfig"]["gcsFaultToleranceOptions"]
+            assert "externalStorageNamespace" not in options
+
+
 def test_the_services_document_is_one_that_the_app_takes() -> None:
     import importlib
 
@@ -177,3 +185,12 @@ def test_the_image_sets_what_serve_needs() -> None:
         if line.startswith("ENV ") and "RAY_SERVE" in line
     ]
     assert {f"{key}={value}" for key, value in SERVE_ENV.items()} <= set(line.split())
+
+
+def test_ray_up_starts_every_node_with_what_serve_needs() -> None:
+    config = yaml.safe_load((DEPLOY / "cluster.yaml").read_text())
+    commands = config["head_start_ray_commands"] + config["worker_start_ray_commands"]
+    started = [line.split("ray start")[0].split() for line in commands if "ray start" in line]
+    assert len(started) == 2
+    for variables in started:
+        assert {f"{key}={value}" for key, value in SERVE_ENV.items()} <= set(variables)
