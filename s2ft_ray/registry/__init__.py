@@ -10,8 +10,10 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from s2ft_ray.registry.aliases import (
         PLACEMENTS,
+        REJECTED_TAG,
         AliasedModel,
         list_models,
+        note_accepted,
         note_rejected,
         note_served,
         place,
@@ -44,6 +46,7 @@ if TYPE_CHECKING:
 __all__ = [
     "EVERYONE",
     "PLACEMENTS",
+    "REJECTED_TAG",
     "AliasMove",
     "AliasedModel",
     "KeptAdapter",
@@ -64,6 +67,7 @@ __all__ = [
     "locate_adapter",
     "log_evaluation",
     "measure_deltas",
+    "note_accepted",
     "note_rejected",
     "note_served",
     "parse_ref",
@@ -79,8 +83,10 @@ __all__ = [
 _MODULES = {
     "aliases": {
         "PLACEMENTS",
+        "REJECTED_TAG",
         "AliasedModel",
         "list_models",
+        "note_accepted",
         "note_rejected",
         "note_served",
         "place",

@@ -26,7 +26,7 @@ _PREVIOUS = "s2ft.previous."  # on a model, by alias: the version that it pointe
 _SERVED = "s2ft.served."  # on a model, by alias: the last version that serving has accepted
 _SHARED = "s2ft.shared_with"  # on a model: tenants that may call it, separated by commas; * all
 _PLACED = "s2ft.placed."  # on a model, by alias: how it is kept on the replicas
-_REJECTED = "s2ft.rejected"  # on a version: why serving gives it no traffic
+REJECTED_TAG = "s2ft.rejected"  # on a version: why serving gives it no traffic
 PLACEMENTS = ("warm", "pinned", "dedicated")
 _PAGE = 1000
 
@@ -162,7 +162,15 @@ def note_rejected(name: str, version: int, reason: str, tracking_uri: str) -> No
     """Write onto a version why it takes no traffic, for whoever looks at it in MLflow."""
     with reaching(tracking_uri, f"{name}: can't be marked"):
         client = connect(tracking_uri)
-        client.set_model_version_tag(name, str(version), _REJECTED, reason[:500])
+        client.set_model_version_tag(name, str(version), REJECTED_TAG, reason[:500])
+
+
+def note_accepted(name: str, version: int, tracking_uri: str) -> None:
+    """Take from a version what `note_rejected` wrote there: it has passed its checks since."""
+    with reaching(tracking_uri, f"{name}: can't be marked"):
+        client = connect(tracking_uri)
+        if REJECTED_TAG in client.get_model_version(name, str(version)).tags:
+            client.delete_model_version_tag(name, str(version), REJECTED_TAG)
 
 
 def _move(

@@ -1,7 +1,8 @@
 """Whether an adapter does what it did in training: its logits against the merged model's.
 
-Invariant: the base that serves is never touched. The merged model shares the base's weights but
-for the modules that the adapter changes, which it has copies of while the check lasts.
+Invariant: the base that serves is never touched. The merged model shares the base's weights; a
+module that the adapter changes has a copy of its own while it runs, so that a check takes one
+module's memory, not the model's.
 """
 
 import copy
@@ -11,8 +12,11 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from s2ft_ray.errors import AdapterError
+from s2ft_ray.errors import AdapterError, ServingError
 from s2ft_ray.method import Adapter
+from s2ft_ray.method.parts import AdapterSlice
+from s2ft_ray.method.switching import bind
+from s2ft_ray.method.weights import Weight, gather, put, stored_dim
 from s2ft_ray.serving.requests import PromptLogprob
 
 NUM_TOKENS = 12
@@ -36,17 +40,27 @@ class Canary:
 
     @torch.inference_mode()
     def logprobs(self, adapter: Adapter) -> list[float]:
-        """Return the log probability of each prompt token but the first, by the merged model."""
-        shared = self._unshare(adapter)
+        """Return the log probability of each prompt token but the first, by the merged model.
+
+        Raises AdapterError for an adapter of another base, ServingError without memory for it.
+        """
+        by_module: dict[nn.Module, list[tuple[Weight, AdapterSlice]]] = {}
+        for name, weight in bind(self._model, adapter).items():
+            by_module.setdefault(weight.module, []).append((weight, adapter.slices[name]))
+        switches = [_Switch(parts) for parts in by_module.values()]
         try:
-            adapter.switch_into(self._model)
-            try:
-                return self._score()
-            finally:
-                adapter.switch_out(self._model)
+            told = self._score()
+        except (torch.OutOfMemoryError, MemoryError) as error:
+            raise ServingError(
+                "no memory for its check beside what is served; give the base less"
+                " adapter_slot_bytes or cache_tokens"
+            ) from error
         finally:
-            for module, name, parameter in shared:
-                setattr(module, name, parameter)
+            for switch in switches:
+                switch.remove()
+        if not all(switch.has_run for switch in switches):  # its weights are used in another way
+            raise AdapterError("canary: the base doesn't run some of the modules that it changes")
+        return told
 
     def compare(self, served: Sequence[PromptLogprob], merged: Sequence[float]) -> None:
         """Raise AdapterError where the served logprobs aren't the merged model's."""
@@ -65,17 +79,41 @@ class Canary:
         chosen = torch.log_softmax(logits.float(), dim=-1).gather(1, ids[0, 1:, None])
         return [float(value) for value in chosen[:, 0]]
 
-    def _unshare(self, adapter: Adapter) -> list[tuple[nn.Module, str, nn.Parameter]]:
-        shared = []
-        for path in adapter.slices:
-            try:
-                owner: nn.Module = self._model.get_submodule(path)
-                name = "weight"
-            except AttributeError:  # experts are parameters of their module
-                parent, _, name = path.rpartition(".")
-                owner = self._model.get_submodule(parent)
-            parameter = getattr(owner, name)
-            shared.append((owner, name, parameter))
-            copied = nn.Parameter(parameter.detach().clone(), requires_grad=False)
-            setattr(owner, name, copied)
-        return shared
+
+class _Switch:
+    """Gives a module merged weights while it runs."""
+
+    def __init__(self, parts: Sequence[tuple[Weight, AdapterSlice]]) -> None:
+        module = parts[0][0].module
+        self.has_run = False
+        self._module = module
+        self._parts = parts
+        self._shared = {weight.parameter_name: weight.parameter for weight, _ in parts}
+        self._hooks = (
+            module.register_forward_pre_hook(self._switch_in),
+            module.register_forward_hook(self._switch_out, always_call=True),
+        )
+
+    def remove(self) -> None:
+        """Leave the module as it was."""
+        for hook in self._hooks:
+            hook.remove()
+        self._switch_out()
+
+    def _switch_in(self, *_: object) -> None:
+        self.has_run = True
+        for weight, part in self._parts:
+            setattr(self._module, weight.parameter_name, _merge(weight, part))
+
+    def _switch_out(self, *_: object) -> None:
+        for name, parameter in self._shared.items():
+            setattr(self._module, name, parameter)
+
+
+def _merge(weight: Weight, part: AdapterSlice) -> nn.Parameter:
+    stored = weight.parameter.detach().clone()
+    dim = stored_dim(part.side, weight.is_transposed)
+    indices = part.indices.to(stored.device, torch.int64)
+    delta = (part.delta.mT if weight.is_transposed else part.delta).to(stored.device)
+    put(stored, dim, indices, (gather(stored, dim, indices).float() + delta).to(stored.dtype))
+    return nn.Parameter(stored, requires_grad=False)

@@ -17,12 +17,14 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Protocol
 
-from s2ft_ray.errors import AdapterError, ConfigError, JobError
+from s2ft_ray.errors import AdapterError, ConfigError, JobError, S2FTError
 from s2ft_ray.registry import (
+    REJECTED_TAG,
     AliasedModel,
     AliasMove,
     ModelRef,
     list_models,
+    note_accepted,
     note_rejected,
     note_served,
     place,
@@ -219,13 +221,15 @@ class Watcher:
         if fault is not None and time.monotonic() - since < _REJECTED_S:
             raise RejectedError(fault)
         async with self._slots:
-            route = await asyncio.to_thread(self._fetch, name, version)
+            route, is_marked = await asyncio.to_thread(self._fetch, name, version)
             fault = await self._check(route)
         if fault is not None:
             self._rejected[name, version] = (time.monotonic(), fault)
             log.warning("%s:%d takes no traffic: %s", name, version, fault)
             await self._note(note_rejected, name, version, fault)
             raise RejectedError(fault)
+        if self._rejected.pop((name, version), None) or is_marked:
+            await self._note(note_accepted, name, version)
         if len(self._pinned) >= _MAX_PINNED:
             self._pinned.clear()
         self._pinned[name, version] = route
@@ -236,18 +240,21 @@ class Watcher:
             async with asyncio.timeout(_CHECK_TIMEOUT_S):
                 return await self._bases[route.base_id].check(route)
         except Exception as error:  # a replica that died says nothing about the adapter
-            raise JobError(f"{route.adapter}: can't be checked now: {error!r}"[:300]) from error
+            reason = getattr(error, "cause", error)  # Ray wraps what a replica raises
+            told = str(reason) if isinstance(reason, S2FTError) else repr(reason)
+            raise JobError(f"{route.adapter}: can't be checked now: {told}"[:300]) from error
 
-    def _fetch(self, name: str, version: int) -> Route:
+    def _fetch(self, name: str, version: int) -> tuple[Route, bool]:
+        """Return the route to a version, and whether it is marked as rejected."""
         found = resolve_adapter(f"{name}:{version}", self._uri)
         base_fingerprint = found.tags.get("base_fingerprint")
         for base_id, base in self._catalog.bases.items():
             if base.fingerprint == base_fingerprint:
                 key = AdapterKey(name, str(version), found.fingerprint)
                 folder = str(found.folder)
-                return Route(
-                    base_id, found.fingerprint, key, folder, _chat_template(folder), time.time()
-                )
+                template = _chat_template(folder)
+                route = Route(base_id, found.fingerprint, key, folder, template, time.time())
+                return route, REJECTED_TAG in found.tags
         missing = self._bases.keys() - self._catalog.bases.keys()
         if missing:  # it may be of one of them
             raise JobError(f"{name}: {', '.join(sorted(missing))} hasn't come up yet")

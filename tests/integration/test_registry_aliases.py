@@ -11,6 +11,7 @@ from s2ft_ray.errors import AdapterError, ConfigError, JobError
 from s2ft_ray.registry import (
     AliasMove,
     list_models,
+    note_accepted,
     note_rejected,
     note_served,
     place,
@@ -73,6 +74,9 @@ def test_serving_notes_what_it_served_and_what_it_refused(uri: str) -> None:
     assert model.served == {"champion": 2}
     assert model.shared_with == {"globex", "initech"}
     assert client.get_model_version(NAME, "3").tags["s2ft.rejected"] == "canary: off"
+    for _ in range(2):
+        note_accepted(NAME, 3, uri)
+        assert "s2ft.rejected" not in client.get_model_version(NAME, "3").tags
 
 
 def test_a_placement_is_kept_with_its_alias(uri: str) -> None:

@@ -13,9 +13,10 @@ from serving_fakes import BASE
 
 from s2ft_ray.accounts import Principal
 from s2ft_ray.config import S2FTConfig
-from s2ft_ray.errors import AdapterError, JobError
+from s2ft_ray.errors import AdapterError, JobError, ServingError
 from s2ft_ray.method import Adapter, base_fingerprint, convert, extract_adapter, slice_layers
-from s2ft_ray.registry import AliasedModel, ModelRef, ResolvedAdapter
+from s2ft_ray.registry import REJECTED_TAG, AliasedModel, ModelRef, ResolvedAdapter
+from s2ft_ray.serving import canary as canary_module
 from s2ft_ray.serving import watcher as watching
 from s2ft_ray.serving.canary import Canary
 from s2ft_ray.serving.requests import AdapterKey, PromptLogprob
@@ -40,15 +41,15 @@ class Replica:
         self.faults: dict[str, str] = {}
         self.checked: list[str] = []
         self.released: list[AdapterKey] = []
-        self.is_dead = False
+        self.error: Exception | None = None
 
     async def describe(self) -> Route:
         await self.is_up.wait()
         return self.route
 
     async def check(self, route: Route) -> str | None:
-        if self.is_dead:
-            raise RuntimeError("the actor died")
+        if self.error is not None:
+            raise self.error
         if str(route.adapter) == self.hangs_on:
             await asyncio.Event().wait()
         self.checked.append(str(route.adapter))
@@ -71,6 +72,9 @@ class Registry:
         self.is_away = False
         self.others: list[AliasedModel] = []
         self.notes: list[tuple[Any, ...]] = []
+        self.accepted: list[tuple[str, int]] = []
+        self.marked: set[int] = set()
+        """Versions with the tag of a rejection."""
         document = {"training": {"data": {"chat_template": "{{ x }}"}}}
         (folder / "adapter_config.json").write_text(json.dumps(document))
 
@@ -89,7 +93,13 @@ class Registry:
         if version == UNEXPECTED:
             raise KeyError("python_function")
         tags = {"base": "some-base", "base_fingerprint": self.bases.get(version, "base-f")}
+        if version in self.marked:
+            tags[REJECTED_TAG] = "canary: off"
         return ResolvedAdapter(NAME, version, None, f"f{version}", self.folder, tags)
+
+    def accept(self, name: str, version: int, _uri: str) -> None:
+        self.accepted.append((name, version))
+        self.marked.discard(version)
 
     def note(self, *facts: Any) -> None:
         self.notes.append(facts[:-1])
@@ -102,6 +112,7 @@ def registry(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Registry:
     monkeypatch.setattr(watching, "resolve_adapter", registry.resolve_adapter)
     monkeypatch.setattr(watching, "note_served", registry.note)
     monkeypatch.setattr(watching, "note_rejected", registry.note)
+    monkeypatch.setattr(watching, "note_accepted", registry.accept)
     monkeypatch.setattr(watching, "_RELEASE_AFTER_S", 0.01)
     return registry
 
@@ -172,6 +183,40 @@ def test_a_version_with_a_fault_leaves_the_last_good_one_live(registry: Registry
     follow(story)
 
 
+def test_a_version_that_passes_after_all_is_no_longer_marked(
+    registry: Registry, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(watching, "_REJECTED_S", 0.0)
+    registry.aliases = {"champion": 1, "candidate": 2, "trial": 3}
+    registry.marked = {3}  # by a watcher that was here before
+
+    async def story(watcher: Watcher, replica: Replica) -> None:
+        replica.faults = {f"{NAME}:1": "canary: off"}
+        await watcher.look()
+        assert registry.accepted == [(NAME, 3)]
+        replica.faults = {}
+        await watcher.look()
+        await watcher.look()
+        assert registry.accepted == [(NAME, 3), (NAME, 1)]
+
+    follow(story)
+
+
+def test_a_check_that_has_no_memory_is_told_in_the_catalog(registry: Registry) -> None:
+    registry.aliases = {"champion": 1}
+
+    async def story(watcher: Watcher, replica: Replica) -> None:
+        error = RuntimeError("a traceback")  # as Ray wraps what a replica raises
+        error.cause = ServingError("no memory for its check")  # type: ignore[attr-defined]
+        replica.error = error
+        await watcher.look()
+        with pytest.raises(ApiError, match=r"checked now: no memory for its check$") as refused:
+            await live(watcher)
+        assert refused.value.status == 503
+
+    follow(story)
+
+
 def test_a_restarted_watcher_falls_back_to_what_was_served(registry: Registry) -> None:
     registry.aliases, registry.served = {"champion": 2}, {"champion": 1}
 
@@ -233,12 +278,12 @@ def test_a_dead_replica_is_no_fault_of_the_version(registry: Registry) -> None:
     registry.aliases = {"champion": 1}
 
     async def story(watcher: Watcher, replica: Replica) -> None:
-        replica.is_dead = True
+        replica.error = RuntimeError("the actor died")
         await watcher.look()
         with pytest.raises(ApiError, match="can't be checked now") as refused:
             await live(watcher)
         assert refused.value.status == 503
-        replica.is_dead = False
+        replica.error = None
         await watcher.look()
         assert (await live(watcher)).fingerprint == "f1"
 
@@ -387,6 +432,41 @@ def test_the_canarys_reference_is_the_merged_model_and_leaves_the_base_alone() -
     logits = model(input_ids=ids).logits[0, :-1].log_softmax(-1)
     wanted = logits.gather(1, ids[0, 1:, None])[:, 0].tolist()
     assert told == pytest.approx(wanted, abs=1e-5)
+
+
+def test_a_check_takes_one_modules_memory_at_most() -> None:
+    adapter, model = make_adapter(1), build_model()
+    shared = {parameter.data_ptr() for parameter in model.parameters()}
+    canary = Canary(model)
+    copied: list[int] = []
+
+    def measure(*_: object) -> None:
+        own = [it for it in canary._model.parameters() if it.data_ptr() not in shared]
+        copied.append(sum(it.nbytes for it in own))
+
+    for module in canary._model.modules():
+        module.register_forward_pre_hook(measure)
+        module.register_forward_hook(measure)
+    canary.logprobs(adapter)
+    weights = [model.get_submodule(path).weight for path in adapter.slices]
+    assert 0 < max(copied) <= max(weight.nbytes for weight in weights)  # type: ignore[operator,union-attr,type-var]
+    measure()
+    assert copied[-1] == 0
+
+
+def test_a_check_without_memory_is_no_fault_of_the_version(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def fail(*_: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    canary = Canary(build_model())
+    wanted = canary.logprobs(make_adapter(1))
+    with monkeypatch.context() as patch:
+        patch.setattr(canary_module, "_merge", fail)
+        with pytest.raises(ServingError, match="no memory for its check"):
+            canary.logprobs(make_adapter(1))
+    assert canary.logprobs(make_adapter(1)) == wanted
 
 
 def test_a_canary_that_is_off_is_told() -> None:
