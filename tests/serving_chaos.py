@@ -6,7 +6,7 @@ Clients of two tenants ask three adapters all the time, half of them streaming. 
 the faults at random moments and goes on until every client has new answers. Every whole answer must
 be the merged model's of the version that it names. What broke off must be the beginning of a right
 answer, and nothing may break off but what a killed replica had begun and what hung on a killed
-proxy.
+proxy or ingress.
 """
 
 import argparse

@@ -9,7 +9,19 @@ from collections.abc import Sequence
 
 from served_node import PARTS, PROMPTS, Load, Service
 
-FAULTS = ("replica", "proxy", "controller", "watcher", "registry", "promotion", "departures")
+FAULTS = (
+    "replica",
+    "ingress",
+    "proxy",
+    "controller",
+    "watcher",
+    "registry",
+    "promotion",
+    "departures",
+    "unread",
+)
+BREAKING = {"replica", "ingress", "proxy"}
+"""What may cut a stream."""
 ASKED = (
     ("initech", "initech.served"),
     ("globex", "globex.served"),
@@ -19,6 +31,9 @@ VERSIONS = ("initech.served:1", "globex.served:1", "initech.swapped:1", "initech
 ANSWERS_A_CLIENT = 5
 CONNECTION_ERRORS = ("APIConnectionError", "RemoteProtocolError", "ReadError", "ConnectError")
 """What a client sees of a proxy that dies."""
+CUTS = (*CONNECTION_ERRORS, "InternalServerError", "EOFError")
+"""And of an ingress: Serve's own error, or a stream that ends without an event."""
+UNREAD_S = 10.0
 LATEST_S = 5.0
 """A fault comes so long after a round's begin at most."""
 
@@ -32,11 +47,13 @@ class Chaos:
         self.pauses: dict[str, float] = {}
         """The longest time without an answer in a round, by fault."""
         self._num_answers = self._num_broken = 0  # that were looked at
+        self._faults: list[str] = []  # of this round
 
     def round(self, number: int, faults: list[str]) -> list[str]:
         """Disturb, wait until all is as before; return what is wrong."""
         started, answers, broken = time.monotonic(), self._num_answers, self._num_broken
         failed: list[str] = []
+        self._faults = faults
         timers = []
         for fault in faults:
             timer = threading.Timer(self.rng.uniform(0, LATEST_S), self._do, (fault, failed))
@@ -85,7 +102,8 @@ class Chaos:
                 wrong.append(f"{prompt!r} broke off wrongly: {text!r}, {error}")
             begun = "replica" in faults and text and "died in the middle" in error
             hung = "proxy" in faults and error.startswith(CONNECTION_ERRORS)
-            if not (begun or hung):
+            cut = "ingress" in faults and error.startswith(CUTS)
+            if not (begun or hung or cut):
                 wrong.append(f"{prompt!r} broke off after {text!r}: {error}")
         self._num_answers, self._num_broken = len(answers), len(broken)
         return wrong
@@ -98,6 +116,9 @@ class Chaos:
 
     def _replica(self) -> None:
         self._kill("a base's replica")
+
+    def _ingress(self) -> None:
+        self._kill("the ingress")
 
     def _proxy(self) -> None:
         self._kill("the proxy")
@@ -141,3 +162,30 @@ class Chaos:
                 )
                 next(iter(stream))
                 stream.close()
+
+    def _unread(self) -> None:
+        """Keep streams open and unread for a while; then they are to be whole."""
+        prompt = self.rng.choice(PROMPTS)
+        texts, ended = [""] * 8, set()
+        with self.service.passing_client("globex", retries=5) as client:
+            try:
+                stream = client.completions.create(
+                    model="globex.served",
+                    prompt=prompt,
+                    n=len(texts),
+                    max_tokens=400,
+                    temperature=0,
+                    stream=True,
+                )
+                time.sleep(UNREAD_S)
+                for chunk in stream:
+                    (choice,) = chunk.choices
+                    texts[choice.index] += choice.text
+                    if choice.finish_reason:
+                        ended.add(choice.index)
+            except Exception:
+                if not BREAKING & set(self._faults):
+                    raise
+        begun = self.service.expected("globex.served:1", prompt).rstrip("\ufffd")
+        assert all(text.startswith(begun) or begun.startswith(text) for text in texts), texts
+        assert len(ended) == len(texts) or BREAKING & set(self._faults), f"only {ended} ended"

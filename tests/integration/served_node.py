@@ -32,6 +32,7 @@ OTHER = "other-base"
 _LOG_LINES = 60
 PARTS = {
     "a base's replica": "ServeReplica:s2ft:Base-s2ft",
+    "the ingress": "ServeReplica:s2ft:Ingress",
     "the watcher": "ServeReplica:s2ft:Watcher",
     "the controller": "ServeController",
     "the proxy": "ProxyActor",
@@ -241,7 +242,7 @@ class Load:
             tenant, model = self.models[turn % len(self.models)]
             turn += 1
             time.sleep(0.02)  # two cores serve and test
-            text, fingerprints = "", set()
+            text, fingerprints, is_whole = "", set(), False
             try:
                 if client % 2:
                     answer = self.service.ask(model, prompt, tenant)
@@ -257,6 +258,9 @@ class Load:
                         ):
                             text += chunk.choices[0].text
                             fingerprints.add(chunk.system_fingerprint)
+                            is_whole |= chunk.choices[0].finish_reason is not None
+                    if not is_whole:
+                        raise EOFError("the stream ended before its answer")
                 (fingerprint,) = fingerprints
                 self.answers.append((prompt, str(fingerprint), text))
                 self.counts[client] += 1

@@ -282,12 +282,14 @@ def test_a_killed_replica_costs_no_answer_that_had_not_begun(service: Service) -
         assert text
 
 
-def test_nothing_wrong_goes_out_while_replica_and_proxy_die_and_a_version_goes_live(
+def test_nothing_wrong_goes_out_while_its_parts_die_and_a_version_goes_live(
     service: Service,
 ) -> None:
     with Load(service, ASKED) as load:
         chaos = Chaos(service, load, random.Random(0))
         assert chaos.round(1, ["replica", "proxy", "promotion"]) == []
+        assert chaos.round(2, ["ingress"]) == []
+        assert chaos.round(3, ["unread"]) == []
     service.post("rollback", {})
     service.wait_for("initech.swapped", "initech.swapped:1")
 
