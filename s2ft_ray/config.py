@@ -308,6 +308,17 @@ class RegistryConfig(Section):
     """The alias that the new version gets."""
     parent: str | None = None
     """An adapter to start from: ``<tenant>.<name>[:version|@alias]``, or an adapter's folder."""
+    avoid: list[str] = []
+    """Adapters of the same base, named alike, whose heads and channels this one leaves alone: fused
+    with it, neither changes what the other has learned."""
+
+    @model_validator(mode="after")
+    def _check_avoid(self) -> Self:
+        if self.parent is not None and self.avoid:
+            raise ValueError(
+                "avoid with parent: a run goes on with its parent's selection; leave one out"
+            )
+        return self
 
 
 class TrackingConfig(Section):

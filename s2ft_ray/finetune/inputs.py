@@ -32,6 +32,7 @@ def settle(config: RunConfig) -> RunConfig:
         owner[key] = _settle_path(owner[key])
     if registry["parent"] is not None:
         registry["parent"] = _settle_path(registry["parent"])
+    registry["avoid"] = [_settle_path(ref) for ref in registry["avoid"]]
     template = data["chat_template"]
     if template and "{" not in template and Path(template).expanduser().is_file():
         data["chat_template"] = Path(template).expanduser().read_text(encoding="utf-8")

@@ -260,6 +260,10 @@ def create_run(plan: "RunPlan", run_id: str | None = None) -> RunFolder:
         if plan.parent:
             plan.parent.adapter.save(run.parent)
             run.write_json("lineage.json", dict(plan.parent.tags))
+        for number, it in enumerate(plan.avoided):
+            it.adapter.save(run.avoided / str(number))
+        if plan.avoided:
+            run.write_json("lineage.json", {"avoids": ", ".join(map(str, plan.avoided))})
         plan.data.save(run.data)
     except OSError as error:
         raise CheckpointError(

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from s2ft_ray.registry.deltas import ModuleDelta, measure_deltas
     from s2ft_ray.registry.evaluations import log_evaluation
     from s2ft_ray.registry.kept import KeptAdapter, forget_kept, list_kept, trim_kept
-    from s2ft_ray.registry.lineage import Parent, resolve_parent
+    from s2ft_ray.registry.lineage import NamedAdapter, Parent, resolve_avoided, resolve_parent
     from s2ft_ray.registry.names import (
         EVERYONE,
         AliasMove,
@@ -53,6 +53,7 @@ __all__ = [
     "LocatedAdapter",
     "ModelRef",
     "ModuleDelta",
+    "NamedAdapter",
     "Parent",
     "RegisteredVersion",
     "ResolvedAdapter",
@@ -75,6 +76,7 @@ __all__ = [
     "promote",
     "register_adapter",
     "resolve_adapter",
+    "resolve_avoided",
     "resolve_parent",
     "rollback",
     "share",
@@ -98,7 +100,7 @@ _MODULES = {
     "deltas": {"ModuleDelta", "measure_deltas"},
     "evaluations": {"log_evaluation"},
     "kept": {"KeptAdapter", "forget_kept", "list_kept", "trim_kept"},
-    "lineage": {"Parent", "resolve_parent"},
+    "lineage": {"NamedAdapter", "Parent", "resolve_avoided", "resolve_parent"},
     "names": {"EVERYONE", "AliasMove", "ModelRef", "check_alias", "check_name", "parse_ref"},
     "resolution": {"LocatedAdapter", "ResolvedAdapter", "locate_adapter", "resolve_adapter"},
     "tracking": {"TrackedRun", "deliver_run"},

@@ -8,18 +8,26 @@ from s2ft_ray.method import Adapter
 from s2ft_ray.registry.connection import default_tracking_uri
 from s2ft_ray.registry.resolution import locate_adapter
 
-LINEAGE_TAGS = ("parent", "parent_version", "parent_fingerprint", "job")
+LINEAGE_TAGS = ("parent", "parent_version", "parent_fingerprint", "avoids", "job")
 
 
 @dataclass(frozen=True)
-class Parent:
-    """An adapter to start from, and where it came from."""
+class NamedAdapter:
+    """An adapter, and where it came from."""
 
     adapter: Adapter
     name: str
     """Its registered name, or the folder that it was read from."""
     version: int | None
     """None for a folder."""
+
+    def __str__(self) -> str:
+        return self.name if self.version is None else f"{self.name}:{self.version}"
+
+
+@dataclass(frozen=True)
+class Parent(NamedAdapter):
+    """An adapter to start from."""
 
     @property
     def tags(self) -> dict[str, str]:
@@ -41,6 +49,13 @@ def resolve_parent(config: RunConfig) -> Parent | None:
     parent = Parent(Adapter.load(found.folder), found.name, found.version)
     _check_selection(config, parent)
     return parent
+
+
+def resolve_avoided(config: RunConfig) -> list[NamedAdapter]:
+    """Find and load the adapters of ``registry.avoid``. Raises what `resolve_parent` raises."""
+    uri = default_tracking_uri(config)
+    located = [locate_adapter(ref, uri) for ref in config.registry.avoid]
+    return [NamedAdapter(Adapter.load(it.folder), it.name, it.version) for it in located]
 
 
 def _check_selection(config: RunConfig, parent: Parent) -> None:

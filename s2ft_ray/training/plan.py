@@ -22,7 +22,7 @@ from s2ft_ray.data import (
 )
 from s2ft_ray.errors import ConfigError, RegistryUnreachable, S2FTError
 from s2ft_ray.method import check_packing, check_supported, count_trainable, num_positions
-from s2ft_ray.registry import Parent, resolve_parent
+from s2ft_ray.registry import NamedAdapter, Parent, resolve_avoided, resolve_parent
 from s2ft_ray.training.layout import describe_group
 from s2ft_ray.training.memory import (
     BaseSize,
@@ -56,6 +56,7 @@ class RunPlan:
     data: PreparedData
     tokenizer: PreTrainedTokenizerBase
     parent: Parent | None
+    avoided: list[NamedAdapter]
     num_sequences: int
     """Rows in one epoch; packed sequences under packing."""
     packed_share: float | None
@@ -141,12 +142,13 @@ def plan_run(config: RunConfig) -> RunPlan:
     tokenizer = load_tokenizer(config.model, config.data.chat_template)
     faults: list[str] = []
     parent: Parent | None = None
+    avoided: list[NamedAdapter] = []
     num_trainable = 0
     try:
         check_supported(model_config)
         if config.data.packing:
             check_packing(model_config)
-        parent = resolve_parent(config)
+        parent, avoided = resolve_parent(config), resolve_avoided(config)
         if parent:
             config = config.model_copy(update={"method": parent.adapter.config})
             num_trainable = parent.adapter.num_parameters
@@ -180,6 +182,7 @@ def plan_run(config: RunConfig) -> RunPlan:
         data=data,
         tokenizer=tokenizer,
         parent=parent,
+        avoided=avoided,
         num_sequences=num_sequences(data.train, packing, config.seed, data.groups),
         packed_share=packed_share,
         num_parameters=base.parameters,

@@ -6,7 +6,8 @@
         selection.json   which heads, channels, rows and columns are trained
         data/            the encoded rows, written once by the driver
         parent/          the adapter that the run starts from, where it has a parent
-        lineage.json     that parent's name, version and fingerprint
+        avoided/         0/ ...: the adapters whose heads and channels it leaves alone
+        lineage.json     that parent's name, version and fingerprint, or the names of those avoided
         stop.json        a request to stop at the next step; cleared when the run goes on
         driver.log       what the run's drivers printed, one after the other
         metrics.jsonl    one line for each step and evaluation, written by rank 0
@@ -53,6 +54,10 @@ class RunFolder:
     @property
     def parent(self) -> Path:
         return self.path / "parent"
+
+    @property
+    def avoided(self) -> Path:
+        return self.path / "avoided"
 
     @property
     def checkpoints(self) -> Path:

@@ -12,7 +12,7 @@ from gloo import GlooPool
 from mapped_bases import WIDE, save_in_files
 from transformers import MixtralConfig
 
-from s2ft_ray.method import Adapter, S2FTConfig, Selection, convert, convert_with
+from s2ft_ray.method import Adapter, S2FTConfig, Selection, convert, convert_with, fuse
 from s2ft_ray.training.run_folder import SELECTION, RunFolder
 
 
@@ -148,6 +148,27 @@ def test_a_run_of_a_sharded_base_looks_at_data_through_one_that_is_sharded(
         is_measured = sharding == "full" and selection != "weight"
         expected = [(True, True)] if is_measured else []  # sharded; gone before the next is loaded
         assert two.run(measured_selection.train_and_watch, run.path) == [expected, expected]
+
+
+@pytest.mark.parametrize("selection", ["random", "activation"])
+def test_a_run_leaves_what_it_avoids_to_the_other_adapter_and_fuses_with_it_exactly(
+    two: GlooPool, tmp_path: Path, base: Path, selection: str
+) -> None:
+    method = {"budgets": {"o": 0.25, "down": 0.1}, "selection": selection}
+    first = runs.make_run(tmp_path / "first", base, method=method)
+    two.run(runs.train, first.path)
+    mine = Adapter.load(first.adapter)
+    second = runs.make_run(tmp_path / "second", base, method=method, parallel={"sharding": "full"})
+    mine.save(second.avoided / "0")
+    two.run(runs.train, second.path)
+    other = Adapter.load(second.adapter)
+    both = fuse([mine, other], [1.0, 1.0])
+    for name, part in both.slices.items():
+        for own in (mine.slices[name], other.slices[name]):
+            at = torch.isin(part.indices, own.indices)
+            assert at.sum() == own.count
+            assert torch.equal(part.delta[:, at], own.delta)
+        assert part.count == mine.slices[name].count + other.slices[name].count
 
 
 def test_a_run_that_goes_on_measures_nothing(two: GlooPool, tmp_path: Path, base: Path) -> None:

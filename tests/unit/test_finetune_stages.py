@@ -8,13 +8,14 @@ from typing import Any
 import pytest
 
 from s2ft_ray import registry
-from s2ft_ray.config import parse_config
+from s2ft_ray.bases import load_base_model
+from s2ft_ray.config import ModelConfig, S2FTConfig, parse_config
 from s2ft_ray.data import PreparedData
-from s2ft_ray.errors import CheckpointError
+from s2ft_ray.errors import CheckpointError, ConfigError
 from s2ft_ray.finetune import main as stages
-from s2ft_ray.method import Adapter
+from s2ft_ray.method import Adapter, convert, extract_adapter
 from s2ft_ray.training import launch
-from s2ft_ray.training.plan import RunPlan
+from s2ft_ray.training.plan import RunPlan, plan_run
 from s2ft_ray.training.run_folder import RunFolder, create_run_folder
 
 VERSION = registry.RegisteredVersion("acme.bot", 1, "champion", "f" * 64)
@@ -92,7 +93,7 @@ def test_a_run_for_whose_inputs_there_is_no_room_is_one_clear_fault(
 
     full = type("Part", (), {"save": staticmethod(save)})
     parent = type("Parent", (), {"adapter": full, "tags": {}}) if part == "parent" else None
-    plan = RunPlan(run.load_config(), full, None, parent, 1, None, 1, 1, [])  # type: ignore[arg-type]
+    plan = RunPlan(run.load_config(), full, None, parent, [], 1, None, 1, 1, [])  # type: ignore[arg-type]
     with pytest.raises(CheckpointError, match=r"run-2: No space left on device; make room there"):
         stages.create_run(plan, "run-2")
 
@@ -107,3 +108,27 @@ def test_a_file_for_which_there_is_no_room_is_one_clear_fault(
     with pytest.raises(CheckpointError, match=r"stop\.json: No space left on device; make room"):
         run.request_stop("test")
     assert sorted(path.name for path in run.path.iterdir()) == ["config.yaml"]
+
+
+def test_the_adapters_that_a_run_avoids_are_kept_with_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("S2FT_HOME", str(tmp_path / "home"))
+    base = load_base_model(ModelConfig())
+    convert(base, S2FTConfig())
+    other = extract_adapter(base)
+    other.save(tmp_path / "other")
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text('{"prompt": "one", "completion": " two"}\n' * 40)
+    document = {"tenant": "acme", "name": "bot", "data": {"train": str(rows)}}
+    config = parse_config({**document, "registry": {"avoid": [str(tmp_path / "other")]}})
+    run = stages.create_run(plan_run(config))
+    (kept,) = run.avoided.iterdir()
+    assert Adapter.load(kept).fingerprint == other.fingerprint
+    assert run.read_json("lineage.json") == {"avoids": str(tmp_path / "other")}
+    config = parse_config({**document, "registry": {"avoid": [str(tmp_path / "none")]}})
+    with pytest.raises(ConfigError, match=r"holds no adapter_config\.json"):
+        plan_run(config)
+    both = {"parent": "acme.bot", "avoid": ["acme.other"]}
+    with pytest.raises(ConfigError, match="avoid with parent"):
+        parse_config({**document, "registry": both})
