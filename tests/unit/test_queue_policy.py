@@ -4,7 +4,14 @@ from dataclasses import replace
 from queue_worlds import CPU, NOW, node, queued, running, world
 
 from s2ft_ray.scheduler.policy import decide
-from s2ft_ray.scheduler.views import NodeView, Plan, Snapshot, TenantView, WorkerShape
+from s2ft_ray.scheduler.views import (
+    NodeView,
+    Plan,
+    PolicySettings,
+    Snapshot,
+    TenantView,
+    WorkerShape,
+)
 
 
 def admitted(plan: Plan) -> list[str]:
@@ -237,6 +244,18 @@ def test_a_job_near_its_end_is_waited_for_and_counts_as_room() -> None:
     assert not decide(world(*jobs), NOW).preemptions
     jobs[-1] = queued("urgent", "zeta", workers=2, priority=5)
     assert [it.job_id for it in decide(world(*jobs), NOW).preemptions] == ["cheap"]
+
+
+def test_the_room_of_one_that_stops_counts_where_nobody_is_near_its_end() -> None:
+    jobs = [
+        running("leaving", state="preempting"),
+        *(running(f"r{number}", left_s=13.0) for number in range(3)),
+        queued("urgent", "zeta", priority=5),
+    ]
+    never = PolicySettings(near_end_s=0.0)
+    assert not decide(world(*jobs, settings=never), NOW).preemptions
+    jobs[0] = running("stays", left_s=13.0)
+    assert len(decide(world(*jobs, settings=never), NOW).preemptions) == 1
 
 
 def test_a_job_that_starts_soon_holds_up_nobody_elses_preemption() -> None:

@@ -188,9 +188,13 @@ def make_room(
     if not outcome.blocked:
         return [], []
     future = world.room.copy()
-    for release in _releases(world, now, settings):
-        if release.at - now < settings.near_end_s:
-            future.give(release.shape, release.placement)
+    for holder in world.holders:
+        job, freed = holder.job, holder.placement
+        if job.state == "preempting":
+            freed = freed_placement(freed, job.next_workers)
+        elif expected_left_s(job, now, settings) >= settings.near_end_s:
+            continue
+        future.give(job.worker, freed)
     stoppable = [holder for holder in world.holders if can_be_stopped(holder.job, settings)]
     stoppable.sort(key=lambda holder: holder.cost)
     lowest = min((holder.priority for holder in stoppable), default=0)
