@@ -96,3 +96,8 @@ def test_the_small_runs_are_valid_and_their_data_is_there(path: Path) -> None:
     names = [it if isinstance(it, str) else it.path for it in [*files, config.data.eval] if it]
     assert names
     assert all((REPO / name).is_file() for name in names)
+
+
+def test_the_run_of_a_public_model_is_valid() -> None:
+    config = load_config(REPO / "jobs/configs/public/word_problems.yaml")
+    assert config.registered_name == "acme.word-problems"
