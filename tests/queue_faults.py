@@ -99,12 +99,17 @@ class Faults:
             return self._faults[name]()
 
     def _kill_scheduler(self) -> str:
-        pid = int((self._node.home / "scheduler.alive").read_text())
-        try:
-            os.kill(pid, signal.SIGKILL)
-        except ProcessLookupError:
-            raise MissedError("it was being started") from None
-        return f"killed {pid}"
+        deadline = time.monotonic() + PATIENCE_S
+        while time.monotonic() < deadline:
+            try:
+                pid = int((self._node.home / "scheduler.alive").read_text() or 0)
+            except FileNotFoundError:  # its node is being started
+                pid = 0
+            if pid and psutil.pid_exists(pid):
+                os.kill(pid, signal.SIGKILL)
+                return f"killed {pid}"
+            time.sleep(0.5)
+        raise MissedError("it was being started")
 
     def _kill_driver(self) -> str:
         # Not its shell, which is Ray's: without that the driver lives on.
