@@ -16,6 +16,7 @@ from s2ft_ray.scheduler.actor import keep_ticking
 from s2ft_ray.scheduler.cluster import Amounts
 from s2ft_ray.scheduler.launcher import DriverState
 from s2ft_ray.scheduler.models import Job
+from s2ft_ray.scheduler.policy_process import PolicyProcess
 from s2ft_ray.scheduler.service import Scheduler
 from s2ft_ray.scheduler.store import Store
 from s2ft_ray.scheduler.views import NodeView
@@ -54,7 +55,8 @@ def measure_service(num_queued: int) -> dict[str, float]:
     with tempfile.TemporaryDirectory() as folder:
         url = f"sqlite:///{Path(folder) / 'queue.db'}"
         store, accounts = Store(url), Accounts(url)
-        scheduler = Scheduler(store, accounts, _Nodes(num_queued // 4), _NoDrivers())
+        policy, nodes = PolicyProcess(), _Nodes(num_queued // 4)
+        scheduler = Scheduler(store, accounts, nodes, _NoDrivers(), policy=policy)
         for number in range(num_queued + num_queued // 10):
             scheduler.submit(_document(number))
         scheduler.tick()
@@ -65,6 +67,7 @@ def measure_service(num_queued: int) -> dict[str, float]:
             submits = _times(lambda: scheduler.submit(_document(next(numbers))), pause_s=_PAUSE_S)
             pages = _times(lambda: scheduler.jobs(limit=100), pause_s=_PAUSE_S)
             beats = _times(lambda: scheduler.heartbeat(next(ids), 1), pause_s=_PAUSE_S)
+        policy.close()
         store.close()
         accounts.close()
     return {

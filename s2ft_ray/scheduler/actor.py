@@ -84,8 +84,8 @@ class SchedulerActor:
 def keep_ticking(scheduler: "Scheduler", ended: threading.Event) -> None:
     """Tick every second, and when there is something to decide, until `ended` is set.
 
-    What people and drivers ask is answered meanwhile: by turns of a millisecond with the policy,
-    which is Python, and after a tick for as long as it took.
+    What people and drivers ask is answered meanwhile: by short turns with the tick, which is
+    Python but for the policy, and after a tick for as long as it took.
     """
     sys.setswitchinterval(_SWITCH_S)
     while not ended.is_set():
@@ -105,6 +105,7 @@ def _build_scheduler(dashboard: str) -> "tuple[Scheduler, Any]":
     from s2ft_ray.scheduler.cluster import RayCluster
     from s2ft_ray.scheduler.launcher import RayJobs
     from s2ft_ray.scheduler.lease import last_cluster
+    from s2ft_ray.scheduler.policy_process import PolicyProcess
     from s2ft_ray.scheduler.service import Scheduler
     from s2ft_ray.scheduler.settings import load_settings
     from s2ft_ray.scheduler.store import Store
@@ -118,9 +119,8 @@ def _build_scheduler(dashboard: str) -> "tuple[Scheduler, Any]":
             " URL where the head node can move"
         )
     jobs, settings = RayJobs(dashboard), load_settings()
-    scheduler = Scheduler(
-        store, Accounts(), RayCluster(settings.autoscaler), jobs, settings=settings
-    )
+    cluster, policy = RayCluster(settings.autoscaler), PolicyProcess()
+    scheduler = Scheduler(store, Accounts(), cluster, jobs, settings=settings, policy=policy)
     return scheduler, store.engine
 
 

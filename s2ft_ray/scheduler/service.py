@@ -23,7 +23,7 @@ from sqlalchemy.exc import SQLAlchemyError
 from s2ft_ray.accounts import Accounts
 from s2ft_ray.config import s2ft_home
 from s2ft_ray.errors import StaleAttempt
-from s2ft_ray.scheduler import accounting, lease
+from s2ft_ray.scheduler import accounting, lease, policy
 from s2ft_ray.scheduler.answers import event_answer, job_answer, usage_answer
 from s2ft_ray.scheduler.cluster import Cluster
 from s2ft_ray.scheduler.intake import build_submission, check_priority, default_key, read_config
@@ -31,8 +31,8 @@ from s2ft_ray.scheduler.launcher import Launcher, submission_id_of
 from s2ft_ray.scheduler.liveness import Liveness
 from s2ft_ray.scheduler.models import HOLDING, LIVE, FailureReason, Job, Progress, State, StopCause
 from s2ft_ray.scheduler.observation import Durations, build_view
-from s2ft_ray.scheduler.policy import decide, expected_starts
 from s2ft_ray.scheduler.policy.placement import kept_placement
+from s2ft_ray.scheduler.policy_process import Policy
 from s2ft_ray.scheduler.settings import QueueSettings
 from s2ft_ray.scheduler.store import Store
 from s2ft_ray.scheduler.views import JobView, NodeView, Plan, Snapshot, TenantView, Usage, Wait
@@ -53,11 +53,13 @@ class Scheduler:
         clock: Callable[[], float] = time.time,
         settings: QueueSettings | None = None,
         steady: Callable[[], float] = time.monotonic,
+        policy: Policy = policy,
     ) -> None:
         self._store, self._accounts = store, accounts
         self._cluster, self._launcher = cluster, launcher
         settings = settings or QueueSettings()
-        self._clock, self._settings, self._policy = clock, settings.service, settings.policy
+        self._clock, self._settings = clock, settings.service
+        self._policy, self._policy_settings = policy, settings.policy
         self._lock = threading.RLock()
         self.wake = threading.Event()
         """Set when there is something to decide before the next tick is due."""
@@ -260,25 +262,22 @@ class Scheduler:
 
     def tick(self) -> None:
         """Observe, decide, apply. Whatever it raises, the next tick goes on from the store."""
-        nodes = self._observe()
-        with self._lock:
-            now, self._nodes = self._clock(), nodes
-            self._end_overdue(now)
-            snapshot = self._snapshot(now)
-        plan = decide(snapshot, now)  # others ask and report meanwhile
+        self._nodes = self._observe()
+        now = self._clock()
+        self._end_overdue(now)
+        snapshot = self._snapshot(now)
+        plan = self._policy.decide(snapshot, now)  # others ask and report meanwhile
         with self._lock:
             self._waits, self._usages = plan.waits, plan.usages
             self._apply(plan, snapshot, now)
-            if self._is_due("usages", self._settings.save_s):
-                self._store.save_usages(plan.usages)
+        if self._is_due("usages", self._settings.save_s):
+            self._store.save_usages(plan.usages)
         self._look_after_drivers()
         if plan.waits and self._is_due("estimate", self._settings.estimate_s):
-            self._starts = expected_starts(snapshot, now)
+            self._starts = self._policy.expected_starts(snapshot, now)
 
     def _observe(self) -> Sequence[NodeView]:
-        with self._lock:
-            holding = [job for job in self._live().values() if job.state in HOLDING]
-        return self._cluster.nodes(_held(holding))
+        return self._cluster.nodes(_held(self._holding()))
 
     def _snapshot(self, now: float) -> Snapshot:
         if self._is_due("measure", self._settings.measure_s):
@@ -295,17 +294,23 @@ class Scheduler:
             )
             for it in self._accounts.tenants()
         ]
-        views = [self._view(job, now) for job in self._live().values() if not _is_paused(job)]
         draining = lease.is_draining(self._store.engine)
-        return Snapshot(views, tenants, self._nodes or (), draining, self._policy)
+        views = self._build_views(now)
+        return Snapshot(views, tenants, self._nodes or (), draining, self._policy_settings)
 
-    def _view(self, job: Job, now: float) -> JobView:
-        if job.state != State.QUEUED:
-            return build_view(job, now, self._durations)
-        known = self._views.get(job.id)
-        if known is None or known[0] is not job:
-            known = self._views[job.id] = (job, build_view(job, now, self._durations))
-        return known[1]
+    def _build_views(self, now: float) -> list[JobView]:
+        """Return the live jobs' views; those of queued jobs stay the same until a job changes."""
+        before, self._views = self._views, {}
+        views = []
+        for job in self._all_live():
+            if _is_paused(job):
+                continue
+            known = before.get(job.id)
+            if known is None or known[0] is not job or job.state != State.QUEUED:
+                known = job, build_view(job, now, self._durations)
+            self._views[job.id] = known
+            views.append(known[1])
+        return views
 
     def _apply(self, plan: Plan, snapshot: Snapshot, now: float) -> None:
         """Do what a plan says of the jobs that are still as it was decided for."""
@@ -344,28 +349,38 @@ class Scheduler:
         return begun or str(job.state) == view.state
 
     def _end_overdue(self, now: float) -> None:
+        """End those that waited too long, and ask those to stop that ran too long."""
         limited = [
+            job
+            for job in self._all_live()
+            if job.queue_timeout_s is not None or job.run_timeout_s is not None
+        ]
+        running = [
             job.id
-            for job in self._live().values()
+            for job in limited
             if job.run_timeout_s is not None and job.state == State.RUNNING
         ]
-        ran_s = accounting.trained_s(self._store.engine, limited, now) if limited else {}
-        for job in list(self._live().values()):
-            waits = job.state == State.QUEUED and job.attempt == 0 and not job.held
-            waited_s = now - job.queued_at
-            if waits and job.queue_timeout_s is not None and waited_s > job.queue_timeout_s:
-                message = f"waited {waited_s:.0f} s, its limit is {job.queue_timeout_s:.0f} s"
-                reason = FailureReason.QUEUE_DEADLINE
-                self._keep(self._store.reject(job.id, reason, message, now))
-            if job.run_timeout_s is not None and ran_s.get(job.id, 0.0) > job.run_timeout_s:
-                self._stop(job, StopCause.DEADLINE)
+        ran_s = accounting.trained_s(self._store.engine, running, now) if running else {}
+        for seen in limited:
+            with self._lock:
+                if (job := self._live().get(seen.id)) is not None:
+                    self._end_if_overdue(job, ran_s.get(job.id, 0.0), now)
+
+    def _end_if_overdue(self, job: Job, ran_s: float, now: float) -> None:
+        waits = job.state == State.QUEUED and job.attempt == 0 and not job.held
+        waited_s = now - job.queued_at
+        if waits and job.queue_timeout_s is not None and waited_s > job.queue_timeout_s:
+            message = f"waited {waited_s:.0f} s, its limit is {job.queue_timeout_s:.0f} s"
+            reason = FailureReason.QUEUE_DEADLINE
+            self._keep(self._store.reject(job.id, reason, message, now))
+        runs = job.state in HOLDING
+        if runs and job.run_timeout_s is not None and ran_s > job.run_timeout_s:
+            self._stop(job, StopCause.DEADLINE)
 
     # Drivers, seen from the tick
 
     def _look_after_drivers(self) -> None:
-        with self._lock:
-            holding = [job for job in self._live().values() if job.state in HOLDING]
-        for job in holding:
+        for job in self._holding():
             try:
                 self._look_after(job)
             except (SQLAlchemyError, StaleAttempt):
@@ -432,6 +447,13 @@ class Scheduler:
             self._jobs = {job.id: job for job in self._store.live_jobs()}
         return self._jobs
 
+    def _all_live(self) -> list[Job]:
+        with self._lock:
+            return list(self._live().values())
+
+    def _holding(self) -> list[Job]:
+        return [job for job in self._all_live() if job.state in HOLDING]
+
     def forget(self) -> None:
         """Read the live jobs from the store again: nobody knows whether a write came through."""
         with self._lock:
@@ -443,7 +465,6 @@ class Scheduler:
             live.pop(job.id, None)
             self._liveness.forget(job.id)
             self._launched = {it for it in self._launched if it[0] != job.id}
-            self._views.pop(job.id, None)
             self._due.pop(f"beat {job.id}", None)
             return job
         known = live.get(job.id)

@@ -8,9 +8,11 @@ from pathlib import Path
 from typing import Any
 
 from s2ft_ray.accounts import Accounts
+from s2ft_ray.scheduler import policy
 from s2ft_ray.scheduler.cluster import Amounts
 from s2ft_ray.scheduler.launcher import DriverState
 from s2ft_ray.scheduler.models import Job
+from s2ft_ray.scheduler.policy_process import Policy
 from s2ft_ray.scheduler.service import Scheduler
 from s2ft_ray.scheduler.settings import QueueSettings, ServiceSettings
 from s2ft_ray.scheduler.store import Store
@@ -86,12 +88,14 @@ class FakeLauncher:
 class Queue:
     """A scheduler and all around it; `restart` is what a crash of its process leaves."""
 
-    def __init__(self, folder: Path, slots: int = 4, **settings: Any) -> None:
+    def __init__(
+        self, folder: Path, slots: int = 4, policy: Policy = policy, **settings: Any
+    ) -> None:
         shutil.copy(_empty_database(), folder / "queue.db")
         self.url = f"sqlite:///{folder / 'queue.db'}"
         self.clock, self.cluster, self.launcher = Clock(), FakeCluster(slots), FakeLauncher()
         self.settings = QueueSettings(ServiceSettings(**settings))
-        self.accounts = Accounts(self.url)
+        self.accounts, self.policy = Accounts(self.url), policy
         self.restart()
 
     def restart(self) -> None:
@@ -104,6 +108,7 @@ class Queue:
             self.clock,
             self.settings,
             self.clock.steady,
+            self.policy,
         )
 
     def tick(self, after_s: float = 1.0) -> None:

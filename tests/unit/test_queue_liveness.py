@@ -5,8 +5,8 @@ from pathlib import Path
 import pytest
 from queue_parts import Queue, document
 
-import s2ft_ray.scheduler.service as service_module
 from s2ft_ray.errors import ConfigError, StaleAttempt
+from s2ft_ray.scheduler import policy
 from s2ft_ray.scheduler.accounting import usage
 from s2ft_ray.scheduler.views import NodeView, Plan, Snapshot
 
@@ -180,9 +180,9 @@ def test_what_changes_while_a_decision_is_made_is_left_alone(
         late.append(queue.submit("late"))
         return plan
 
-    decide = service_module.decide
+    decide = policy.decide
     with monkeypatch.context() as patch:
-        patch.setattr(service_module, "decide", decide_slowly)
+        patch.setattr(policy, "decide", decide_slowly)
         queue.tick()
     states = [queue.state(it) for it in (kept, cancelled, paused, *late)]
     assert states == ["starting", "cancelled", "queued", "queued"]
@@ -194,13 +194,13 @@ def test_a_drain_that_begins_while_a_decision_is_made_holds(
     queue: Queue, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     job_id = queue.submit()
-    decide = service_module.decide
+    decide = policy.decide
 
     def decide_slowly(snapshot: Snapshot, now: float) -> Plan:
         queue.scheduler.drain(True)
         return decide(snapshot, now)
 
     with monkeypatch.context() as patch:
-        patch.setattr(service_module, "decide", decide_slowly)
+        patch.setattr(policy, "decide", decide_slowly)
         queue.tick()
     assert queue.state(job_id) == "queued"

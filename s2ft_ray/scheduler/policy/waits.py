@@ -1,8 +1,11 @@
 """Why each job waits, kept as columns: a tick says it for all, people ask for a few."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 
 from s2ft_ray.scheduler.views import JobView, Wait, WaitCause
+
+Columns = tuple[list[str], list[WaitCause], list[int]]
+"""By place in the queue: job ids, causes, numbers of workers that would fit."""
 
 
 class Waits(Mapping[str, Wait]):
@@ -19,6 +22,18 @@ class Waits(Mapping[str, Wait]):
         self._jobs.append(job)
         self._causes.append(cause)
         self._free.append(free)
+
+    def columns(self) -> Columns:
+        """Return what another process needs to know, see ``of``."""
+        return [job.id for job in self._jobs], self._causes, self._free
+
+    @classmethod
+    def of(cls, columns: Columns, jobs: Iterable[JobView]) -> "Waits":
+        """Build them again from their columns and the jobs of the same snapshot."""
+        by_id, waits = {job.id: job for job in jobs}, cls()
+        ids, waits._causes, waits._free = columns
+        waits._jobs = [by_id[job_id] for job_id in ids]
+        return waits
 
     def __getitem__(self, job_id: str) -> Wait:
         if self._places is None:
