@@ -253,6 +253,8 @@ def _job(args: argparse.Namespace) -> int:
     for key in ("priority", "attempt", "num_workers", "created_at", "started_at", "finished_at"):
         if job[key] is not None:
             print(f"{key:<12}{job[key]}")
+    for node_id, count in job["placement"].items():
+        print(f"{'node':<12}{node_id}: {count} worker(s)")
     print(f"{'run':<12}{_run_folder(job).path}\n")
     rows = [
         (it["at"], str(it["attempt"]), it["state"], it["cause"], it["detail"] or "")

@@ -108,7 +108,7 @@ class Attempt:
 
     def check(self) -> None:
         """Raise StaleAttempt where the queue has given this attempt up."""
-        self._queue.heartbeat(self.claim.job_id, self.claim.attempt, None, None)
+        self._queue.heartbeat(self.claim.job_id, self.claim.attempt)
 
     def succeed(self, name: str, version: str) -> None:
         """Tell that the adapter is registered."""
@@ -128,6 +128,7 @@ class Attempt:
                     self.claim.attempt,
                     self._metrics.progress,
                     _saved_at(self.claim.run),
+                    self._metrics.placement,
                 )
             except StaleAttempt as error:
                 print(f"error: {error}", file=sys.stderr, flush=True)
@@ -177,6 +178,8 @@ class _Metrics:
         self._num_steps = 0
         self._num_starts = 0
         self.progress: dict[str, Any] | None = None
+        self.placement: dict[str, int] | None = None
+        """Workers by node id."""
         self.num_tokens = 0
 
     @property
@@ -190,7 +193,9 @@ class _Metrics:
             self._add(line)
 
     def _add(self, line: dict[str, Any]) -> None:
-        if line["kind"] == "start":
+        if line["kind"] == "workers":
+            self.placement = line["nodes"]
+        elif line["kind"] == "start":
             self._total_steps = line["total_steps"]
             self._num_starts += 1
         elif line["kind"] == "train":

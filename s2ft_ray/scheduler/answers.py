@@ -26,6 +26,7 @@ def job_answer(job: Job, wait: Wait | None, expected_start: float | None) -> dic
         "finished_at": _iso(job.finished_at),
         "attempt": job.attempt,
         "num_workers": job.num_workers,
+        "placement": dict(job.placement),
         "submission_id": job.submission_id,
         "progress": _progress(job),
         "model": {"name": job.model_name, "version": job.model_version} if job.model_name else None,

@@ -83,11 +83,15 @@ class QueueClient:
         self,
         job_id: str,
         attempt: int,
-        progress: Mapping[str, Any] | None,
-        saved_at: float | None,
+        progress: Mapping[str, Any] | None = None,
+        saved_at: float | None = None,
+        placement: Mapping[str, int] | None = None,
     ) -> str:
-        """Give a sign of life; return "go on" or "stop". Raises StaleAttempt."""
-        answer: str = self._ask("heartbeat", job_id, attempt, progress, saved_at)
+        """Give a sign of life; return "go on" or "stop". Raises StaleAttempt.
+
+        `saved_at` is when the newest checkpoint was saved; `placement` the workers by node id.
+        """
+        answer: str = self._ask("heartbeat", job_id, attempt, progress, saved_at, placement)
         return answer
 
     def report(self, job_id: str, attempt: int, outcome: Mapping[str, Any]) -> None:

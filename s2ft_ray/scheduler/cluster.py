@@ -2,7 +2,8 @@
 
 Invariant: workers that somebody else holds (Serve's replicas, other people's jobs) are taken off
 a node before the queue sees it; a node that is being drained it doesn't see. Where Ray put a gang
-elsewhere than the ledger says, the queue sees less than there is, never more.
+elsewhere than the ledger says, the queue sees less than there is, never more; that ends as soon as
+the workers have started and told where they are.
 
 Ray tells nobody what its autoscaler may add, so the operator does (``settings.NodeGroup``).
 """

@@ -153,10 +153,12 @@ class Scheduler:
         attempt: int,
         progress: Mapping[str, Any] | None = None,
         saved_at: float | None = None,
+        placement: Mapping[str, int] | None = None,
     ) -> str:
         """Note a sign of life; the answer is "go on", or "stop" for a stop at the next step.
 
-        Raises StaleAttempt where the job has gone on without this driver.
+        `placement` says where Ray put the workers, by node id: the ledger follows it. Raises
+        StaleAttempt where the job has gone on without this driver.
         """
         told = Progress(**progress) if progress else None
         with self._lock:
@@ -166,8 +168,11 @@ class Scheduler:
             is_event = told is not None and (
                 job.state == State.STARTING or told.starts > max(before, 1)
             )
-            if is_event or self._is_due(f"beat {job_id}", self._settings.save_s):
-                job = self._store.beat(job_id, attempt, now, told, saved_at)
+            if job.state == State.PREEMPTING:  # its ledger may be that of its next size
+                placement = None
+            has_moved = placement is not None and dict(placement) != dict(job.placement)
+            if is_event or has_moved or self._is_due(f"beat {job_id}", self._settings.save_s):
+                job = self._store.beat(job_id, attempt, now, told, saved_at, placement)
             job = replace(
                 job,
                 heartbeat_at=now,

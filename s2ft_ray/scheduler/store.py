@@ -169,16 +169,20 @@ class Store:
         at: float,
         progress: Progress | None = None,
         saved_at: float | None = None,
+        placement: Mapping[str, int] | None = None,
     ) -> Job:
         """Note a sign of life; the first progress makes a starting job a running one.
 
-        Workers that were started again since the progress before are an event.
+        `placement` is where its workers are, by node id. Workers that were started again since
+        the progress before are an event.
         """
         with writing(self.engine) as connection:
             job = get_current(connection, job_id, attempt)
             changes: dict[str, Any] = {"heartbeat_at": at}
             if saved_at is not None:
                 changes["saved_at"] = saved_at
+            if placement is not None:
+                changes["placement"] = dict(placement)
             if progress is not None:
                 changes["progress"] = asdict(progress)
                 before = job.progress.starts if job.progress else 0

@@ -175,7 +175,11 @@ def _worker_entry(settings: dict[str, Any]) -> S2FTError | None:
     logging.getLogger("s2ft_ray").setLevel(logging.INFO)
     try:
         run_worker(
-            Path(settings["run_folder"]), get_device(), settings["num_threads"], _is_draining
+            Path(settings["run_folder"]),
+            get_device(),
+            settings["num_threads"],
+            _is_draining,
+            ray.get_runtime_context().get_node_id(),
         )
     except S2FTError as error:
         return error

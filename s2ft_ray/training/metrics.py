@@ -17,7 +17,7 @@ import torch
 from s2ft_ray.training.loop import StepResult
 
 logger = logging.getLogger(__name__)
-Value = float | int | str | list[dict[str, str]]
+Value = float | int | str | list[dict[str, str]] | dict[str, int]
 
 
 class MetricsLog:
@@ -34,7 +34,9 @@ class MetricsLog:
             self._pending = b"\n"  # the writer before was killed within a line
 
     def write(self, kind: str, step: int, **values: Value) -> None:
-        """Append one line; `kind` is ``start``, ``train``, ``eval``, ``stop`` or ``end``."""
+        """Append one line; `kind` is ``workers``, ``start``, ``train``, ``eval``, ``stop`` or
+        ``end``.
+        """
         line = {"kind": kind, "step": step, "time": time.time(), **values}
         self._pending += json.dumps(line).encode() + b"\n"
         try:

@@ -17,6 +17,7 @@ import logging
 import math
 import os
 import time
+from collections import Counter
 from dataclasses import dataclass
 from typing import Literal
 
@@ -82,6 +83,12 @@ class Workers:
         total = torch.tensor(values, dtype=torch.float64, device=self.device)
         dist.all_reduce(total)
         return [float(value) for value in total.tolist()]
+
+    def count_by_node(self, node_id: str) -> dict[str, int]:
+        """Return the number of workers on each node, `node_id` being this one's."""
+        nodes = [node_id] * self.world_size
+        dist.all_gather_object(nodes, node_id)
+        return dict(Counter(nodes))
 
     def node_group(self) -> int:
         """Return the largest group size that divides the workers of every node.

@@ -51,6 +51,8 @@ class ProgressPrinter:
             text = describe_evaluation(line, self._total)
         elif line["kind"] == "stop":
             text = f"stopped after step {line['step']}; the checkpoint is saved"
+        elif line["kind"] == "workers":
+            return
         else:
             early = f", early, after step {line['step']}" if line["step"] < self._total else ""
             text = f"trained in {line['train_seconds']:.1f} s{early}{describe_speed(line)}"

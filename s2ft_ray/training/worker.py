@@ -58,13 +58,14 @@ def run_worker(
     device: torch.device,
     num_threads: int,
     is_draining: Callable[[], bool] = lambda: False,
+    node_id: str = "",
 ) -> None:
     """Train the run at `path` to its end on this process, from its newest checkpoint.
 
     `num_threads` are the intra-op threads of a new run; a resumed run keeps its own, because
     another number rounds differently. `is_draining` tells whether this worker knows of a node of
-    the group that will be taken away: all then stop, as when asked to. The process group must
-    exist.
+    the group that will be taken away: all then stop, as when asked to. `node_id` names this
+    worker's node; the metrics tell which of them the workers are on. The process group must exist.
     """
     if device.type == "cuda":
         torch.cuda.set_device(device)  # objects that NCCL carries go through the current device
@@ -72,9 +73,13 @@ def run_worker(
     workers = Workers.join(device)
     with raised_everywhere():
         run.check_reachable()
+        nodes = workers.count_by_node(node_id)
+        log = MetricsLog(run.metrics) if workers.rank == 0 else None
+        if log:
+            log.write("workers", 0, nodes=nodes)
         torch.set_num_threads(_recorded_threads(run, num_threads))
         part = _build(run, workers)
-    part.is_draining = is_draining
+    part.is_draining, part.log = is_draining, log
     part.train()
     part.save_adapter()
 
@@ -95,6 +100,8 @@ class WorkerPart:
     objective: Objective = CrossEntropy()  # noqa: RUF009 - frozen
     noise: EmbeddingNoise | None = None
     is_draining: Callable[[], bool] = lambda: False
+    log: MetricsLog | None = None
+    """Rank 0 has it."""
     chosen_step: int = 0
     """After training: the step whose slices the model holds."""
 
@@ -130,21 +137,23 @@ class WorkerPart:
         if checkpointer.restore(state):
             self._write_back()
         total = num_steps(self.config.optim, self.loader.num_rows)
-        log = MetricsLog(self.run.metrics) if self.workers.rank == 0 else None
-        if log:
+        if self.log:
             size = self.workers.world_size
-            sharding = self.layout.sharding
-            log.write("start", state.step, total_steps=total, world_size=size, sharding=sharding)
+            self.log.write(
+                "start",
+                state.step,
+                total_steps=total,
+                world_size=size,
+                sharding=self.layout.sharding,
+            )
         if state.step == 0:
-            self._look(0, log)
-        self._run_steps(state, total, checkpointer, log)
+            self._look(0)
+        self._run_steps(state, total, checkpointer)
 
     def _write_back(self) -> None:
         write_back(layer for _, layer in slice_layers(self.model))
 
-    def _run_steps(
-        self, state: TrainState, total: int, checkpointer: Checkpointer, log: MetricsLog | None
-    ) -> None:
+    def _run_steps(self, state: TrainState, total: int, checkpointer: Checkpointer) -> None:
         started, first = time.perf_counter(), state.step
         speed = RunSpeed(self.model, self.workers.device, self.workers.world_size)
         collectives = CollectiveClock(self.model, self.workers.device, self.layout)
@@ -179,11 +188,11 @@ class WorkerPart:
                 raise Diverged(f"{error}; last good checkpoint: step {good}") from error
             state.step = result.step
             communication = collectives.seconds() + result.phases["agree"]
-            if log:
+            if self.log:
                 pace = (time.perf_counter() - started) / (state.step - first)
                 phases = {"data": data_seconds, "checkpoint": held_up, **result.phases}
                 utilisation = speed.add(result.num_tokens, phases, communication)
-                log.write_step(
+                self.log.write_step(
                     result,
                     {**phases, "communication": communication},
                     utilisation,
@@ -192,7 +201,7 @@ class WorkerPart:
                 held_up = 0.0
             is_best = False
             if state.step % self.config.evaluation.every_steps == 0 or state.step == total:
-                loss = self._look(state.step, log)
+                loss = self._look(state.step)
                 is_best = state.standing.add(loss, state.step) and checkpointer.keep_best
             ends = state.step == total or self._has_lost_patience(state)
             is_due = state.step % self.config.checkpoint.every_steps == 0
@@ -202,17 +211,17 @@ class WorkerPart:
                 held_up = time.perf_counter() - began
             if result.is_stop_requested and not ends:
                 checkpointer.settle()
-                if log:
-                    log.write("stop", state.step)
+                if self.log:
+                    self.log.write("stop", state.step)
                 raise Preempted(state.step)
         began = time.perf_counter()
         checkpointer.settle()
         speed.hold_up(held_up + time.perf_counter() - began)
         if profiler:
             profiler.end()
-        if log:
+        if self.log:
             seconds = time.perf_counter() - started
-            log.write("end", state.step, train_seconds=seconds, **speed.summary())
+            self.log.write("end", state.step, train_seconds=seconds, **speed.summary())
 
     def _has_lost_patience(self, state: TrainState) -> bool:
         patience = self.config.evaluation.patience
@@ -258,7 +267,7 @@ class WorkerPart:
             "optim": self.config.optim.model_dump(mode="json"),
         }
 
-    def _look(self, step: int, log: MetricsLog | None) -> float:
+    def _look(self, step: int) -> float:
         """Evaluate on the held-out rows, answer a few of their prompts; return the loss."""
         objective = self.objective if isinstance(self.objective, Preference) else CrossEntropy()
         result = evaluate(self.model, self.held_out, self.workers, objective)
@@ -271,8 +280,8 @@ class WorkerPart:
             {"prompt": prompt.prompt, "expected": prompt.expected, "answer": text}
             for prompt, text in zip(prompts, answers, strict=True)
         ]
-        if log:
-            log.write("eval", step, samples=samples, **dataclasses.asdict(result))
+        if self.log:
+            self.log.write("eval", step, samples=samples, **dataclasses.asdict(result))
         return result.loss
 
 

@@ -34,10 +34,11 @@ def submit(
     run(node, *command, "--config", str(folder / "run.yaml"))
 
 
-def run(node: Node, *command: str) -> None:
-    """Run a command as this node's client; it has to succeed."""
+def run(node: Node, *command: str) -> str:
+    """Run a command as this node's client and return what it prints; it has to succeed."""
     done = subprocess.run(command, env=node.env, capture_output=True, text=True, timeout=PATIENCE_S)
     assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
 
 
 def wait(node: Node, name: str, is_there: Callable[[dict[str, Any]], bool]) -> dict[str, Any]:

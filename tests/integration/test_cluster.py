@@ -98,11 +98,14 @@ def test_a_run_leaves_a_drained_node_and_outlives_a_killed_one(tmp_path: Path) -
         wait_for(job, lambda: has_started(folder, 1), "the first step")
         first = raylets.workers()
         assert sorted(first.values()) == [1, 1]
+        assert lines_of(folder, "workers")[-1]["nodes"] == first
 
         drained, stays = first
         raylets.drain(drained, 600)  # long: who waits for the node's end would wait too long
         wait_for(job, lambda: has_started(folder, 2), "the step after the drain")
-        assert raylets.workers() == dict.fromkeys(nodes - {drained}, 1)
+        second = raylets.workers()
+        assert second == dict.fromkeys(nodes - {drained}, 1)
+        assert lines_of(folder, "workers")[-1]["nodes"] == second
 
         raylets.kill(stays)
         another = raylets.add()

@@ -1,6 +1,7 @@
 """What a tenant does with Ray's own commands to his job, and a job that takes what is free."""
 
 import json
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -29,6 +30,12 @@ def two_cpus(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Node]:
         yield node
     finally:
         node.s2ft("down")
+
+
+def node_id(node: Node) -> str:
+    """Return the one node's id, as Ray has it."""
+    program = "import ray; ray.init(log_to_driver=False); print(ray.nodes()[0]['NodeID'])"
+    return run(node, sys.executable, "-c", program).split()[-1]
 
 
 @pytest.mark.long
@@ -68,6 +75,7 @@ def test_an_elastic_job_grows_where_another_ends(two_cpus: Node, tmp_path: Path)
     submit(two_cpus, tmp_path / "elastic", "elastic", 2_000, num_workers=[1, 2])
     story = wait(two_cpus, "elastic", lambda job: job["state"] == "running")
     assert story["num_workers"] == 1
+    assert story["placement"] == {node_id(two_cpus): 1}  # as its worker told it
     assert two_cpus.s2ft("cancel", first["id"]).returncode == 0
     story = wait(two_cpus, "elastic", lambda job: job["state"] == "succeeded")
     sizes = [it["detail"] for it in story["events"] if it["state"] == "starting"]

@@ -50,8 +50,10 @@ class Clock:
 class FakeCluster:
     def __init__(self, slots: int) -> None:
         self.views = [NodeView("n0", {"CPU": float(slots)})]
+        self.held: Amounts = {}
 
-    def nodes(self, held: Amounts) -> list[NodeView]:  # noqa: ARG002
+    def nodes(self, held: Amounts) -> list[NodeView]:
+        self.held = held
         return self.views
 
 

@@ -62,8 +62,10 @@ class FakeQueue:
         self.cancelled.append(job_id)
         return answer("cancelled")
 
-    def heartbeat(self, _job_id: str, _attempt: int, progress: Any, saved_at: Any) -> str:
-        self.beats.append((progress, saved_at))
+    def heartbeat(
+        self, _job_id: str, _attempt: int, progress: Any, saved_at: Any, placement: Any
+    ) -> str:
+        self.beats.append((progress, saved_at, placement))
         self.told.set()
         if isinstance(self.beat, Exception):
             raise self.beat
@@ -187,6 +189,7 @@ def test_signs_of_life_carry_the_progress_and_the_end_what_was_done(tmp_path: Pa
     log.write("train", 1, loss=9.0, tokens_per_s=1e6, step_seconds=1.0, time_left_s=0.0)  # before
     queue = FakeQueue()
     with begin(queue, tmp_path) as attempt:
+        log.write("workers", 0, nodes={"n1": 2})
         log.write("start", 1, total_steps=10)
         for step in (2, 3):
             log.write("train", step, loss=0.5, tokens_per_s=50.0, step_seconds=2.0, time_left_s=7.0)
@@ -196,7 +199,8 @@ def test_signs_of_life_carry_the_progress_and_the_end_what_was_done(tmp_path: Pa
             assert time.monotonic() < deadline
             time.sleep(0.001)
         attempt.succeed("acme.bot", "1")
-    progress, saved_at = queue.beats[-1]
+    progress, saved_at, placement = queue.beats[-1]
+    assert placement == {"n1": 2}
     assert progress == {
         **{"step": 3, "total_steps": 10, "loss": 0.5, "time_left_s": 7.0},
         **{"rows": 32, "tokens": 200, "starts": 1},

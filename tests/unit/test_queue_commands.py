@@ -30,6 +30,7 @@ RUNNING = {
     "finished_at": None,
     "attempt": 2,
     "num_workers": 3,
+    "placement": {"4c1e": 2, "9a07": 1},
     "submission_id": "job-1-2",
     "progress": {"step": 7, "total_steps": 40, "loss": 1.25, "time_left_s": 3661.0},
     "model": None,
@@ -44,6 +45,7 @@ QUEUED = {
     "blocker": "job-0",
     "attempt": 0,
     "num_workers": 0,
+    "placement": {},
     "started_at": None,
     "progress": None,
 }
@@ -164,6 +166,7 @@ def test_a_job_s_story_has_its_events_and_its_run_folder(
     assert code == 0
     assert out.splitlines()[0].startswith("job-1  acme.bot  running: step 7/40")
     assert str(tmp_path / "acme" / "bot" / "job-1") in out
+    assert "node        9a07: 1 worker(s)\n" in out
     assert out.splitlines()[-1].split() == ["2026-01-31T10:00:00+00:00", "0", "queued", "submitted"]
 
 

@@ -204,3 +204,34 @@ def test_a_drain_that_begins_while_a_decision_is_made_holds(
         patch.setattr(policy, "decide", decide_slowly)
         queue.tick()
     assert queue.state(job_id) == "queued"
+
+
+def test_the_ledger_follows_the_workers_to_where_ray_put_them(queue: Queue) -> None:
+    queue.cluster.views = [NodeView("n0", {"CPU": 2.0}), NodeView("n1", {"CPU": 2.0})]
+    job_id = queue.submit(workers=2)
+    queue.tick()
+    assert queue.store.job(job_id).placement == {"n0": 2}
+    queue.scheduler.claim(job_id, f"{job_id}-1")
+    queue.scheduler.heartbeat(job_id, 1, placement={"n1": 2})
+    queue.scheduler.heartbeat(job_id, 1)  # a driver that has not seen them yet
+    queue.restart()
+    queue.tick()
+    assert queue.cluster.held == {"n1": {"CPU": 2.0}}
+    other = queue.submit("other", workers=2)
+    queue.tick()
+    assert queue.store.job(other).placement == {"n0": 2}
+
+
+def test_a_job_that_grows_keeps_the_place_of_its_next_size(queue: Queue) -> None:
+    job_id = queue.submit(workers=[1, 4])
+    queue.tick()
+    queue.begin(job_id)
+    queue.clock.now += 3600.0
+    progress = {"step": 2, "total_steps": 100, "loss": 1.0, "time_left_s": 9000.0}
+    queue.launcher.drivers[f"{job_id}-1"] = "alive"
+    queue.scheduler.heartbeat(job_id, 1, progress)
+    queue.tick()
+    assert queue.store.job(job_id).placement == {"n0": 4}
+    assert queue.scheduler.heartbeat(job_id, 1, progress, placement={"n0": 1}) == "stop"
+    queue.tick()
+    assert queue.cluster.held == {"n0": {"CPU": 4.0}}

@@ -445,7 +445,7 @@ def test_a_job_is_told_with_all_that_a_program_may_ask(queue: Queue) -> None:
     assert told.keys() == {
         *("id", "tenant", "name", "state", "reason", "priority", "position", "blocker"),
         *("estimated_start", "created_at", "started_at", "finished_at", "attempt", "progress"),
-        *("model", "error", "num_workers", "submission_id"),
+        *("model", "error", "num_workers", "placement", "submission_id"),
     }
     assert told["progress"].keys() == {"step", "total_steps", "loss", "time_left_s"}
     assert queue.scheduler.job(job_id).keys() - told.keys() == {"config", "events"}
