@@ -1,4 +1,4 @@
-"""Replicas of a base that come under load and are drained under it, by `serve deploy`."""
+"""Replicas of a base that come under load, are drained under it, and are replaced where stuck."""
 
 import subprocess
 from collections.abc import Iterator
@@ -8,8 +8,11 @@ from typing import Any
 
 import pytest
 import yaml
+from halted_thread import find_thread, halted_alone
 from nodes import BIN, Node
 from served_node import OTHER, PARTS, Load, Service, Starting, start_service
+
+from s2ft_ray.node.services import temp_dir
 
 DEPLOY = Path(__file__).parents[2] / "deploy" / "serve.yaml"
 ASKED = (("initech", "initech.served"), ("globex", "globex.served"))
@@ -97,3 +100,21 @@ def test_replicas_come_with_the_load_and_go_without_breaking_an_answer(service: 
         load.wait_for_more(40)
     load.check(*VERSIONS)
     assert load.broken == []
+
+
+@pytest.mark.long
+@pytest.mark.timeout(900)
+def test_a_replica_whose_engine_stands_still_is_replaced(service: Service) -> None:
+    service.wait_until(lambda: len(started_at(service)) == 1)
+    (pid,) = started_at(service)
+    engine = find_thread(pid, "_run_generation_loop")
+    with Load(service, ASKED) as load, ExitStack() as stack:
+        load.wait_for_more(10)
+        stack.enter_context(halted_alone(engine, lambda: bool(replicas(service))))
+        service.wait_until(lambda: pid not in started_at(service))
+        load.wait_for_more(20)
+    load.check(*VERSIONS)
+    load.check_broken(*VERSIONS)
+    logs = temp_dir(service.node.home) / "session_latest" / "logs" / "serve"
+    told = "".join(path.read_text(errors="replace") for path in logs.glob("*.log"))
+    assert "the engine has made no step for" in told

@@ -40,6 +40,10 @@ class Room:
         known = self._counts.get(shape)
         return sum(self._slots_of(shape)) if known is None else known
 
+    def has(self, node_id: str) -> bool:
+        """Say whether the node is one of these."""
+        return node_id in self._index
+
     def place(self, shape: WorkerShape, num_workers: int) -> dict[str, int] | None:
         """Take room for a gang and return its workers by node id; None where it doesn't fit."""
         if self.count(shape) < num_workers:
@@ -121,13 +125,16 @@ def kept_placement(placement: Mapping[str, int], num_workers: int) -> dict[str, 
 def place_holders(room: Room, jobs: Iterable[JobView]) -> dict[str, Mapping[str, int]]:
     """Take the room of the jobs that hold workers; return where each lies, by job id.
 
-    Jobs whose placement isn't known are put where they fit, after the others.
+    Workers whose node isn't known, or isn't there any more, are put where they fit, after the
+    others: they are started somewhere soon.
     """
     placements: dict[str, Mapping[str, int]] = {}
     unplaced = []
     for job in jobs:
-        missing = job.held_workers - sum(job.placement.values())
-        known = job.placement
+        known: Mapping[str, int] = {
+            node_id: count for node_id, count in job.placement.items() if room.has(node_id)
+        }
+        missing = job.held_workers - sum(known.values())
         if missing < 0:  # it was relaunched with fewer
             known = kept_placement(known, job.held_workers)
         room.take(job.worker, known)
