@@ -8,7 +8,6 @@ import contextlib
 import os
 import random
 import select
-import signal
 import sqlite3
 import subprocess
 import sys
@@ -101,13 +100,12 @@ class Faults:
     def _kill_scheduler(self) -> str:
         deadline = time.monotonic() + PATIENCE_S
         while time.monotonic() < deadline:
-            try:
-                pid = int((self._node.home / "scheduler.alive").read_text() or 0)
-            except FileNotFoundError:  # its node is being started
-                pid = 0
-            if pid and psutil.pid_exists(pid):
-                os.kill(pid, signal.SIGKILL)
-                return f"killed {pid}"
+            with contextlib.suppress(FileNotFoundError):  # its node is being started
+                pid = (self._node.home / "scheduler.alive").read_text().strip()
+                for process in self._family():
+                    if str(process.pid) == pid:
+                        _kill(process)
+                        return f"killed {pid}"
             time.sleep(0.5)
         raise MissedError("it was being started")
 

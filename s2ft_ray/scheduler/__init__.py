@@ -10,6 +10,7 @@
     queued, starting, running, preempting ── cancel ─────────┴───────> cancelled
 
     views, policy   what is decided, from plain values: no clock, no I/O
+    policy_process  the policy in a process of its own
     models          a job, its states, why it ended, when it is tried again
     store           the only writer of jobs, attempts and events
     transitions     what its writes are made of
@@ -21,6 +22,7 @@ Invariants
 - Every change of state is one transaction with its event. Nothing of the state lives in Ray alone.
 - `attempt` rises with every admission and is the fencing token: whoever reports for another attempt
   than the job's is refused, so a driver that was given up can't change anything any more.
-- The ledger is the jobs' own num_workers: held from the admission to the end of the attempt.
+- The ledger is the jobs' own num_workers: held from the admission to the end of the attempt, on the
+  nodes that the policy chose, then on those where Ray put the workers.
 - A job ends once. An ended job never changes.
 """

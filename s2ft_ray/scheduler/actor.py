@@ -84,8 +84,8 @@ class SchedulerActor:
 def keep_ticking(scheduler: "Scheduler", ended: threading.Event) -> None:
     """Tick every second, and when there is something to decide, until `ended` is set.
 
-    What people and drivers ask is answered meanwhile: by short turns with the tick, which is
-    Python but for the policy, and after a tick for as long as it took.
+    What people and drivers ask is answered meanwhile: another process computes the policy, the rest
+    of a tick takes turns with them, and after a tick they have as long as it took.
     """
     sys.setswitchinterval(_SWITCH_S)
     while not ended.is_set():

@@ -5,6 +5,7 @@ from datetime import UTC, datetime
 from typing import Any
 
 from s2ft_ray.scheduler.models import Event, Job, State, UsageRow
+from s2ft_ray.scheduler.policy.placement import kept_placement
 from s2ft_ray.scheduler.views import Wait
 
 
@@ -26,7 +27,7 @@ def job_answer(job: Job, wait: Wait | None, expected_start: float | None) -> dic
         "finished_at": _iso(job.finished_at),
         "attempt": job.attempt,
         "num_workers": job.num_workers,
-        "placement": dict(job.placement),
+        "placement": kept_placement(job.placement, job.num_workers),
         "submission_id": job.submission_id,
         "progress": _progress(job),
         "model": {"name": job.model_name, "version": job.model_version} if job.model_name else None,

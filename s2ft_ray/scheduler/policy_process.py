@@ -5,8 +5,10 @@ until its parent is gone, whose pipe it reads. It keeps the views of jobs that i
 question brings only those that are new or have changed.
 """
 
+import logging
 import os
 import pickle
+import select
 import subprocess
 import sys
 import traceback
@@ -17,6 +19,10 @@ from s2ft_ray.errors import JobError
 from s2ft_ray.scheduler import policy
 from s2ft_ray.scheduler.policy.waits import Waits
 from s2ft_ray.scheduler.views import JobView, Plan, Snapshot
+
+logger = logging.getLogger(__name__)
+_PATIENCE_S = 60.0
+"""For an answer that takes a second at 10,000 jobs."""
 
 
 class Policy(Protocol):
@@ -32,8 +38,9 @@ class Policy(Protocol):
 class PolicyProcess:
     """``decide`` and ``expected_starts``, computed elsewhere. For one thread.
 
-    The process starts when it is needed, and again after it has died. Raises JobError where it
-    dies of a question twice or has failed at it; the next question starts anew.
+    The process starts when it is needed, and again after it has died. A question of which it dies
+    twice (no memory for it, say) is answered in this process. Raises JobError where the policy
+    itself fails.
     """
 
     def __init__(self) -> None:
@@ -59,29 +66,35 @@ class PolicyProcess:
         self._process, self._told = None, {}
 
     def _ask(self, what: str, snapshot: Snapshot, now: float) -> Any:
-        try:
-            error, answer = self._exchange(what, snapshot, now)
-        except (OSError, EOFError, pickle.UnpicklingError):  # it was killed
-            self.close()
+        fault: Exception | None = None
+        for _ in range(2):
             try:
                 error, answer = self._exchange(what, snapshot, now)
-            except (OSError, EOFError, pickle.UnpicklingError):
-                self.close()
-                raise JobError("the process of the policy has died twice") from None
-        if error is not None:
-            self.close()
-            raise JobError(f"the policy failed: {error}")
-        return answer
+            except (OSError, EOFError, pickle.PickleError) as died:
+                fault = died
+                continue
+            if error is not None:
+                raise JobError(f"the policy failed: {error}")
+            return answer
+        logger.error("the process of the policy has died twice: %r; this one decides", fault)
+        return _answer(what, snapshot, now)
 
     def _exchange(self, what: str, snapshot: Snapshot, now: float) -> tuple[str | None, Any]:
-        process = self._process = self._process or _start()
-        assert process.stdin is not None
-        assert process.stdout is not None
-        before, self._told = self._told, {job.id: job for job in snapshot.jobs}
-        news = [job for job_id, job in self._told.items() if before.get(job_id) is not job]
-        question = (what, list(self._told), news, replace(snapshot, jobs=()), now)
-        _send(process.stdin, question)
-        told: tuple[str | None, Any] = pickle.load(process.stdout)
+        """Ask, and return what failed or None, and the answer."""
+        try:
+            process = self._process = self._process or _start()
+            assert process.stdin is not None
+            assert process.stdout is not None
+            before, self._told = self._told, {job.id: job for job in snapshot.jobs}
+            news = [job for job_id, job in self._told.items() if before.get(job_id) is not job]
+            question = (what, list(self._told), news, replace(snapshot, jobs=()), now)
+            _send(process.stdin, question)
+            if not select.select([process.stdout], [], [], _PATIENCE_S)[0]:
+                raise TimeoutError(f"no answer for {_PATIENCE_S:.0f} s")
+            told: tuple[str | None, Any] = pickle.load(process.stdout)
+        except BaseException:
+            self.close()  # the pipes may hold half of something
+            raise
         return told
 
 

@@ -168,7 +168,7 @@ class Scheduler:
             is_event = told is not None and (
                 job.state == State.STARTING or told.starts > max(before, 1)
             )
-            if job.state == State.PREEMPTING:  # its ledger may be that of its next size
+            if job.next_workers > job.num_workers:  # its ledger is that of its next size
                 placement = None
             has_moved = placement is not None and dict(placement) != dict(job.placement)
             if is_event or has_moved or self._is_due(f"beat {job_id}", self._settings.save_s):

@@ -50,10 +50,11 @@ def load_converted(
     found = [run.read_json(SELECTION)]
     dist.broadcast_object_list(found)
     selection = None if found[0] is None else Selection.from_json(found[0])
-    parent = Adapter.load(run.parent) if run.parent.exists() else None
-    avoid = [Adapter.load(folder) for folder in sorted(run.avoided.glob("*"))]
-    measures = parent is None and selection is None and looks_at_data(config.method)
-    calibration = _calibration(config, data, tokenizer) if measures else None
+    with raised_everywhere():
+        parent = Adapter.load(run.parent) if run.parent.exists() else None
+        avoid = [Adapter.load(folder) for folder in sorted(run.avoided.glob("*"))]
+        measures = parent is None and selection is None and looks_at_data(config.method)
+        calibration = _calibration(config, data, tokenizer) if measures else None
     if calibration and layout.group > 1 and not avoid:  # which are held against a whole base
         selection = _choose_sharded(config, calibration, workers, layout)
     with raised_everywhere():

@@ -51,9 +51,7 @@ class ProgressPrinter:
             text = describe_evaluation(line, self._total)
         elif line["kind"] == "stop":
             text = f"stopped after step {line['step']}; the checkpoint is saved"
-        elif line["kind"] == "workers":
-            return
-        else:
+        elif line["kind"] == "end":
             early = f", early, after step {line['step']}" if line["step"] < self._total else ""
             text = f"trained in {line['train_seconds']:.1f} s{early}{describe_speed(line)}"
         print(text, flush=True)

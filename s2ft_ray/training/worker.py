@@ -73,12 +73,12 @@ def run_worker(
     workers = Workers.join(device)
     with raised_everywhere():
         run.check_reachable()
-        nodes = workers.count_by_node(node_id)
-        log = MetricsLog(run.metrics) if workers.rank == 0 else None
-        if log:
-            log.write("workers", 0, nodes=nodes)
         torch.set_num_threads(_recorded_threads(run, num_threads))
-        part = _build(run, workers)
+        log = MetricsLog(run.metrics) if workers.rank == 0 else None
+    nodes = workers.count_by_node(node_id)
+    if log:
+        log.write("workers", 0, nodes=nodes)
+    part = _build(run, workers)
     part.is_draining, part.log = is_draining, log
     part.train()
     part.save_adapter()
@@ -287,27 +287,30 @@ class WorkerPart:
 
 def _build(run: RunFolder, workers: Workers) -> WorkerPart:
     """Load the base, convert it (as the parent was, where there is one), and open the data."""
-    config = run.load_config()
-    data = PreparedData.load(run.data)
-    tokenizer = load_tokenizer(config.model, config.data.chat_template)
+    with raised_everywhere():
+        config = run.load_config()
+        data = PreparedData.load(run.data)
+        tokenizer = load_tokenizer(config.model, config.data.chat_template)
     layout = _choose_layout(run, config, data, workers)
     model = load_converted(run, config, data, tokenizer, workers, layout)
     if config.parallel.activation_checkpointing:
         model.activation_checkpointing_enable()
     pad_id, micro_batch_size = tokenizer.pad_token_id, config.optim.micro_batch_size
-    loader = TrainLoader(
-        data.train,
-        global_batch_size=config.optim.global_batch_size,
-        micro_batch_size=micro_batch_size,
-        rank=workers.rank,
-        world_size=workers.world_size,
-        seed=config.seed,
-        pad_id=pad_id,
-        packing=config.data.max_seq_len if config.data.packing else None,
-        groups=data.groups,
-        shuffle_buffer=config.data.shuffle_buffer,
-    )
-    held_out = eval_batches(data.eval, micro_batch_size, workers.rank, workers.world_size, pad_id)
+    rank, world_size = workers.rank, workers.world_size
+    with raised_everywhere():
+        loader = TrainLoader(
+            data.train,
+            global_batch_size=config.optim.global_batch_size,
+            micro_batch_size=micro_batch_size,
+            rank=rank,
+            world_size=world_size,
+            seed=config.seed,
+            pad_id=pad_id,
+            packing=config.data.max_seq_len if config.data.packing else None,
+            groups=data.groups,
+            shuffle_buffer=config.data.shuffle_buffer,
+        )
+        held_out = eval_batches(data.eval, micro_batch_size, rank, world_size, pad_id)
     return WorkerPart(
         run=run,
         config=config,
@@ -325,15 +328,15 @@ def _choose_layout(
     run: RunFolder, config: RunConfig, data: PreparedData, workers: Workers
 ) -> Layout:
     """Decide the sharding once for the run, and record what the workers are."""
-    world = run.read_json("world.json")
-    size, node_group = workers.world_size, workers.node_group()
-    parallel = config.parallel
+    with raised_everywhere():
+        world = run.read_json("world.json")
+        model_config = load_model_config(config.model)
+        base = measure_base(config, model_config)
+        parent = Adapter.load(run.parent) if run.parent.exists() else None
+        trained = parent.num_parameters if parent else count_trainable(model_config, config.method)
+    size, node_group, parallel = workers.world_size, workers.node_group(), config.parallel
     if world:
         parallel = parallel.model_copy(update={"sharding": world["sharding"]})
-    model_config = load_model_config(config.model)
-    base = measure_base(config, model_config)
-    parent = Adapter.load(run.parent) if run.parent.exists() else None
-    trained = parent.num_parameters if parent else count_trainable(model_config, config.method)
     seq_len = config.data.max_seq_len if config.data.packing else data.report.tokens_max
     layout, reason = resolve_layout(
         parallel,

@@ -129,6 +129,40 @@ def test_a_worker_that_does_not_see_the_run_says_so(two: GlooPool, tmp_path: Pat
         two.run(runs.train, tmp_path / "elsewhere")
 
 
+def fail_alone(path: Path, name: str) -> str:
+    """Train, with what `name` does failing on rank 1 alone, as on a node that lacks something."""
+    function = name.rpartition(".")[2]
+
+    def fail(*_: object, **__: object) -> None:
+        raise ConfigError(f"{function}: not on this node")
+
+    with pytest.MonkeyPatch.context() as patch:
+        if torch.distributed.get_rank() == 1:
+            patch.setattr(name, fail)
+        try:
+            runs.train(path)
+        except ConfigError as error:
+            return str(error)
+    return "finished"
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "s2ft_ray.training.run_folder.RunFolder.check_reachable",
+        "s2ft_ray.training.worker.load_tokenizer",
+        "s2ft_ray.training.worker.load_model_config",
+        "s2ft_ray.training.conversion.load_base_model",
+        "s2ft_ray.training.worker.TrainLoader",
+    ],
+)
+def test_what_one_worker_alone_lacks_all_say(
+    two: GlooPool, tmp_path: Path, base: Path, name: str
+) -> None:
+    said = f"{name.rpartition('.')[2]}: not on this node"
+    assert two.run(fail_alone, make_run(tmp_path, base).path, name) == [said, said]
+
+
 def test_a_stop_at_the_last_step_changes_nothing(one: GlooPool, tmp_path: Path, base: Path) -> None:
     run = make_run(tmp_path, base)
     ((_, _, end),) = one.run(train_counting, run.path, 8)

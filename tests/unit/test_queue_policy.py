@@ -67,17 +67,19 @@ def test_jobs_without_a_known_place_take_room_all_the_same() -> None:
     assert admitted(plan) == []
 
 
-# Order
-
-
 def test_workers_of_a_node_that_is_gone_keep_room_on_the_others() -> None:
     lost = running("lost", workers=2, placement={"gone": 1, "n0": 1})
     assert decide(world(lost, queued("small"), slots=2), NOW).admissions == []
     assert len(decide(world(lost, queued("small"), slots=3), NOW).admissions) == 1
+    most = running("most", workers=3, placement={"gone": 2, "n0": 1})  # room for one is kept
+    assert decide(world(most, queued("small"), slots=2), NOW).admissions == []
     grown = [node(1), node(2, "gpu-1"), node(2, "gpu/1", present=False)]  # it came as gpu-1
     came = running("came", workers=2, placement={"gpu/0": 2})
     plan = decide(world(came, queued("next", workers=2), nodes=grown), NOW)
     assert [it.placement for it in plan.admissions] == [{"gpu/1": 2}]
+
+
+# Order
 
 
 def test_priority_comes_first_then_share_then_age() -> None:

@@ -71,6 +71,19 @@ def test_a_process_that_was_killed_is_started_again(process: PolicyProcess) -> N
     assert [it.pid for it in children()] != [child.pid]
 
 
+def test_where_no_process_can_be_had_the_scheduler_decides_itself(
+    process: PolicyProcess, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    process.close()
+    with monkeypatch.context() as patch:
+        patch.setattr(sys, "executable", "/bin/false")
+        check(process, world(queued("a"), queued("b", workers=9)))
+    assert "has died twice" in caplog.text
+    assert children() == []
+    check(process, world(queued("a"), queued("b", workers=9)))
+    assert len(children()) == 1
+
+
 def test_a_policy_that_fails_says_so_and_answers_the_next_question(process: PolicyProcess) -> None:
     broken = world(queued("a", sizes=()))
     with pytest.raises(JobError, match=r"the policy failed: (.|\n)*IndexError"):

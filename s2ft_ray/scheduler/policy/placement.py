@@ -125,8 +125,8 @@ def kept_placement(placement: Mapping[str, int], num_workers: int) -> dict[str, 
 def place_holders(room: Room, jobs: Iterable[JobView]) -> dict[str, Mapping[str, int]]:
     """Take the room of the jobs that hold workers; return where each lies, by job id.
 
-    Workers whose node isn't known, or isn't there any more, are put where they fit, after the
-    others: they are started somewhere soon.
+    Workers whose node isn't known, or isn't there any more, are put where they fit, as many as do,
+    after the others: unless their job ends, they are started somewhere soon.
     """
     placements: dict[str, Mapping[str, int]] = {}
     unplaced = []
@@ -142,7 +142,8 @@ def place_holders(room: Room, jobs: Iterable[JobView]) -> dict[str, Mapping[str,
         if missing > 0:
             unplaced.append((job, missing))
     for job, missing in unplaced:
-        guessed = room.place(job.worker, missing) or {}
+        fitting = min(missing, room.count(job.worker))
+        guessed = (room.place(job.worker, fitting) if fitting else None) or {}
         places = dict(placements[job.id])
         for node_id, count in guessed.items():
             places[node_id] = places.get(node_id, 0) + count
