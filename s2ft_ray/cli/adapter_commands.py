@@ -1,4 +1,4 @@
-"""export, fuse, inspect: what can be done with an adapter that is trained.
+"""export, fuse, register, inspect: what can be done with an adapter that is trained.
 
 An adapter is named by its folder or as it is registered: ``<tenant>.<name>``, ``...@<alias>``,
 ``...:<version>``.
@@ -7,9 +7,11 @@ An adapter is named by its folder or as it is registered: ``<tenant>.<name>``, `
 import argparse
 import json
 import sys
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from s2ft_ray.cli.clients import become_registry_client
 from s2ft_ray.errors import AdapterError, ConfigError
 
 if TYPE_CHECKING:
@@ -52,6 +54,15 @@ def add_commands(commands: "argparse._SubParsersAction[argparse.ArgumentParser]"
     command.add_argument("--out", required=True, type=Path, metavar="DIR", help="a new folder")
     _add_json(command)
     command.set_defaults(run=_fuse)
+
+    command = commands.add_parser(
+        "register", help="make a folder's adapter a version in the registry, fused ones for example"
+    )
+    command.add_argument("folder", type=Path, metavar="DIR", help="an adapter's folder")
+    command.add_argument("name", metavar="NAME", help="<tenant>.<name>")
+    command.add_argument("--alias", default="champion", help="moved to it; default: champion")
+    _add_json(command)
+    command.set_defaults(run=_register)
 
     command = commands.add_parser(
         "inspect", help="show what an adapter changes, where, how much, and of which base"
@@ -148,6 +159,18 @@ def _fuse(args: argparse.Namespace) -> int:
     for part in parts:
         print(f"{part['weight']:+.3g} x {part['adapter']} ({part['fingerprint'][:12]})")
     print(f"= {fused.fingerprint[:12]} in {args.out}")
+    return 0
+
+
+def _register(args: argparse.Namespace) -> int:
+    become_registry_client()
+    from s2ft_ray.registry import register_folder
+
+    made = register_folder(args.folder, args.name, args.alias)
+    if args.json:
+        print(json.dumps(asdict(made), indent=2))
+    else:
+        print(f"{made.name}@{made.alias} is version {made.version}, {made.fingerprint[:12]}")
     return 0
 
 

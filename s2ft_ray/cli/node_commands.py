@@ -13,7 +13,9 @@ if TYPE_CHECKING:
 
 def add_commands(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
     """Add the commands of this subject to the parser."""
-    command = commands.add_parser("up", help="start this machine's Ray head and MLflow server")
+    command = commands.add_parser(
+        "up", help="start this machine's Ray head, MLflow server and scheduler"
+    )
     command.add_argument(
         "--port-base",
         type=int,

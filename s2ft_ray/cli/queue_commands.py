@@ -12,6 +12,7 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from s2ft_ray.cli.clients import become_client
 from s2ft_ray.cli.table import print_table
 from s2ft_ray.errors import JobError, NodeError
 
@@ -150,16 +151,7 @@ def connect() -> "QueueClient":
 
     Nothing may have imported Ray before: it reads its environment then.
     """
-    if not os.environ.get("RAY_ADDRESS"):
-        from s2ft_ray import node
-        from s2ft_ray.config import s2ft_home
-
-        env = node.status(s2ft_home()).env
-        if not env:
-            raise NodeError(
-                f"nothing is up in {s2ft_home()}; s2ft up starts it, RAY_ADDRESS names a cluster"
-            )
-        os.environ.update(env)
+    become_client()
     import logging
 
     import ray

@@ -6,6 +6,7 @@ import os
 import sys
 from typing import Any
 
+from s2ft_ray.cli.clients import become_client, become_registry_client
 from s2ft_ray.cli.table import print_table
 
 _URL = "http://127.0.0.1:8000"
@@ -89,7 +90,7 @@ def _port(text: str) -> int:
 def _serve(args: argparse.Namespace) -> int:
     from s2ft_ray.config import ModelConfig
 
-    _become_client()
+    become_client()
     from s2ft_ray.bases import local_folder
 
     for base in args.base:  # a name that can't be is told now, not by a replica that fails
@@ -113,22 +114,6 @@ def _serve(args: argparse.Namespace) -> int:
         print("Keys:  s2ft keys create --tenant T")
     print("It ends with `s2ft down`.")
     return 0
-
-
-def _become_client() -> None:
-    """Take the addresses of this machine's node, where the shell names no other."""
-    if "RAY_ADDRESS" in os.environ:
-        return
-    from s2ft_ray import node
-    from s2ft_ray.config import s2ft_home
-    from s2ft_ray.errors import ConfigError
-
-    status = node.status(s2ft_home())
-    if not status.env:
-        raise ConfigError(
-            f"nothing is up in {status.home}; s2ft up starts it, RAY_ADDRESS names a cluster"
-        )
-    os.environ.update(status.env)
 
 
 def _list_adapters(args: argparse.Namespace) -> int:
@@ -168,7 +153,7 @@ def _chat(args: argparse.Namespace) -> int:
 
 
 def _promote(args: argparse.Namespace) -> int:
-    _become_registry_client()
+    become_registry_client()
     from s2ft_ray.registry import promote
 
     move = promote(args.model, args.version, args.alias)
@@ -178,7 +163,7 @@ def _promote(args: argparse.Namespace) -> int:
 
 
 def _place(args: argparse.Namespace) -> int:
-    _become_registry_client()
+    become_registry_client()
     from s2ft_ray.registry import place
 
     place(args.model, args.alias, None if args.placement == "free" else args.placement)
@@ -187,7 +172,7 @@ def _place(args: argparse.Namespace) -> int:
 
 
 def _share(args: argparse.Namespace) -> int:
-    _become_registry_client()
+    become_registry_client()
     from s2ft_ray.registry import share
 
     share(args.model, args.tenants)
@@ -199,22 +184,12 @@ def _share(args: argparse.Namespace) -> int:
 
 
 def _rollback(args: argparse.Namespace) -> int:
-    _become_registry_client()
+    become_registry_client()
     from s2ft_ray.registry import rollback
 
     move = rollback(args.model, args.alias)
     print(f"{move.name}@{move.alias} is version {move.version} again, was {move.before}")
     return 0
-
-
-def _become_registry_client() -> None:
-    # without a node the registry is the SQLite file in S2FT_HOME
-    if "MLFLOW_TRACKING_URI" in os.environ:
-        return
-    from s2ft_ray import node
-    from s2ft_ray.config import s2ft_home
-
-    os.environ.update(node.status(s2ft_home()).env)
 
 
 def _ask(url: str, path: str, body: dict[str, Any] | None = None) -> Any:

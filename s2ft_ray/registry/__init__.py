@@ -41,7 +41,7 @@ if TYPE_CHECKING:
         resolve_adapter,
     )
     from s2ft_ray.registry.tracking import TrackedRun, deliver_run
-    from s2ft_ray.registry.versions import RegisteredVersion, register_adapter
+    from s2ft_ray.registry.versions import RegisteredVersion, register_adapter, register_folder
 
 __all__ = [
     "EVERYONE",
@@ -75,6 +75,7 @@ __all__ = [
     "place",
     "promote",
     "register_adapter",
+    "register_folder",
     "resolve_adapter",
     "resolve_avoided",
     "resolve_parent",
@@ -104,7 +105,7 @@ _MODULES = {
     "names": {"EVERYONE", "AliasMove", "ModelRef", "check_alias", "check_name", "parse_ref"},
     "resolution": {"LocatedAdapter", "ResolvedAdapter", "locate_adapter", "resolve_adapter"},
     "tracking": {"TrackedRun", "deliver_run"},
-    "versions": {"RegisteredVersion", "register_adapter"},
+    "versions": {"RegisteredVersion", "register_adapter", "register_folder"},
 }
 
 if not TYPE_CHECKING:  # a checker would believe every name of it

@@ -14,7 +14,7 @@ import threading
 import time
 import warnings
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import version as package_version
 from pathlib import Path
 
@@ -30,8 +30,14 @@ from s2ft_ray.config import RunConfig
 from s2ft_ray.errors import AdapterError, JobError
 from s2ft_ray.method import Adapter
 from s2ft_ray.registry.aliases import move_alias
-from s2ft_ray.registry.connection import connect, default_tracking_uri, reaching
+from s2ft_ray.registry.connection import (
+    connect,
+    default_tracking_uri,
+    ensure_experiment,
+    reaching,
+)
 from s2ft_ray.registry.lineage import LINEAGE_TAGS
+from s2ft_ray.registry.names import DEFAULT_ALIAS, check_alias, check_name
 from s2ft_ray.registry.resolution import adapter_folder
 
 log = logging.getLogger(__name__)
@@ -71,7 +77,15 @@ def register_adapter(
     """
     adapter = Adapter.load(folder)
     uri = default_tracking_uri(config)
-    registration = _Registration(folder, adapter, config, mlflow_run_id, tags or {}, metrics or {})
+    registration = _Registration(
+        folder,
+        adapter,
+        config.registered_name,
+        config.registry.alias,
+        mlflow_run_id,
+        {"base": adapter.base.name or config.model.name_or_path, **(tags or {})},
+        metrics or {},
+    )
     for pause_s in _PAUSES_S:
         try:
             with reaching(uri, f"{folder}: the adapter is trained but not registered"):
@@ -83,25 +97,68 @@ def register_adapter(
         return registration.complete(connect(uri))
 
 
+def register_folder(
+    folder: Path, name: str, alias: str = DEFAULT_ALIAS, tracking_uri: str | None = None
+) -> RegisteredVersion:
+    """Register an adapter that no run made: a fused one, or one of a training loop of your own.
+
+    The same adapter is one version of `name`, ``<tenant>.<name>``, however often it is registered;
+    `alias` points to it then. Raises ConfigError for names that can't be, AdapterError for a
+    damaged adapter, RegistryUnreachable where MLflow can't be used.
+    """
+    check_name(name)
+    check_alias(alias)
+    adapter = Adapter.load(folder)
+    parts = adapter.training.get("fused", ())
+    fused = ", ".join(f"{part['weight']:+g} x {part['fingerprint'][:12]}" for part in parts)
+    tags = {"base": adapter.base.name or "unknown"} | ({"fused": fused} if fused else {})
+    uri = tracking_uri or default_tracking_uri()
+    with reaching(uri, f"{folder}: the adapter can't be registered"):
+        client = connect(uri)
+        known = [
+            version
+            for version in client.search_model_versions(f"name = '{name}'")
+            if version.tags.get("fingerprint") == adapter.fingerprint
+        ]
+        run_id = known[0].run_id if known else _log_folder(client, name, tags)
+        registration = _Registration(folder, adapter, name, alias, run_id, tags, {})
+        made = registration.complete(client)
+        if client.get_registered_model(name).aliases.get(alias) != str(made.version):
+            move_alias(client, name, alias, made.version)
+        return replace(made, alias=alias)
+
+
+def _log_folder(client: MlflowClient, name: str, tags: Mapping[str, str]) -> str:
+    """Make the finished run that a version needs; return its id."""
+    tenant = name.partition(".")[0]
+    experiment = ensure_experiment(client, f"s2ft/{tenant}")
+    run = client.create_run(
+        experiment, run_name=name, tags={**tags, "tenant": tenant, "kind": "registration"}
+    )
+    run_id: str = run.info.run_id
+    client.set_terminated(run_id)
+    return run_id
+
+
 class _Registration:
     def __init__(
         self,
         folder: Path,
         adapter: Adapter,
-        config: RunConfig,
+        name: str,
+        alias: str,
         run_id: str,
         tags: Mapping[str, str],
         metrics: Mapping[str, float],
     ) -> None:
         self.folder = folder
         self.fingerprint = adapter.fingerprint
-        self.name = config.registered_name
-        self.alias = config.registry.alias
+        self.name = name
+        self.alias = alias
         self.run_id = run_id
         self.metrics = metrics
         self.tags = {
-            "tenant": config.tenant,
-            "base": adapter.base.name or config.model.name_or_path,
+            "tenant": name.partition(".")[0],
             "base_fingerprint": adapter.base.fingerprint,
             "fingerprint": self.fingerprint,
             "selection": adapter.config.selection,

@@ -7,7 +7,10 @@
                  │                                           v           │
                  └── stopped: preempted, paused ─────── preempting ──────┘
                                                              │
-    queued, starting, running, preempting ── cancel ─────────┴───────> cancelled
+    queued, preempting ── cancel ────────────────────────────┴───────> cancelled
+
+A job that starts or runs is cancelled by way of preempting. One that is resized goes from there
+to starting, one whose time in the queue is over from queued to failed.
 
     views, policy   what is decided, from plain values: no clock, no I/O
     policy_process  the policy in a process of its own

@@ -75,7 +75,7 @@ class ServingSettings(Section):
     tracking_uri: str | None = None
     """The MLflow registry; None: ``$MLFLOW_TRACKING_URI``, else the SQLite file in S2FT_HOME."""
     database_url: str | None = None
-    """Tenants and keys; None: ``$S2FT_HOME/scheduler.db``."""
+    """Tenants and keys; None: ``$S2FT_DATABASE_URL``, else ``$S2FT_HOME/scheduler.db``."""
     no_auth: bool = False
     """Answer without a key, as to an operator. `s2ft serve` allows it on loopback alone."""
     poll_s: float = Field(default=2.0, gt=0)

@@ -179,6 +179,52 @@ def test_registered_adapters_are_inspected_fused_and_exported_by_name(
     assert f"{NAME} has no version 9; it has 1, 2" in capsys.readouterr().err
 
 
+def test_a_fused_adapter_becomes_a_version_once_and_takes_the_alias_each_time(
+    home: Path, base: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    first = register(home, base, "r1", seed=1)
+    second = register(home, base, "r2", seed=2)
+    parts = [f"{NAME}:1", f"{NAME}:2"]
+    fused = home / "fused"
+    assert cli.main(["fuse", *parts, "--weights", "0.5", "2", "--out", str(fused)]) == 0
+    for _ in range(2):
+        assert cli.main(["register", str(fused), NAME, "--alias", "blue"]) == 0
+    made = f"{NAME}@blue is version 3, {Adapter.load(fused).fingerprint[:12]}\n"
+    assert capsys.readouterr().out.endswith(made * 2)
+    found = resolve_adapter(f"{NAME}@blue")
+    assert found.version == 3
+    assert found.tags["fused"] == (
+        f"+0.5 x {first.fingerprint[:12]}, +2 x {second.fingerprint[:12]}"
+    )
+    assert resolve_adapter(NAME).version == 2
+    model = _load_pyfunc(str(found.folder))
+    assert len(model.predict(["x"], {"max_new_tokens": 4})) == 1
+
+    # what is registered already is given the alias: here the champion's, by its folder
+    assert cli.main(["register", str(resolve_adapter(NAME).folder), NAME, "--alias", "blue"]) == 0
+    assert resolve_adapter(f"{NAME}@blue").version == 2
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (("{folder}", "bot"), "'bot' names no registered adapter; write <tenant>.<name>"),
+        (("{folder}", NAME, "--alias", "v2"), "'v2' is reserved by MLflow"),
+        (("{folder}/none", NAME), "none"),
+    ],
+)
+def test_what_cant_be_registered_is_told(
+    home: Path,
+    base: Path,
+    capsys: pytest.CaptureFixture[str],
+    arguments: tuple[str, ...],
+    told: str,
+) -> None:
+    train_adapter(base, home / "mine")
+    done = cli.main(["register", *(it.format(folder=home / "mine") for it in arguments)])
+    assert (done, told in capsys.readouterr().err) == (2, True)
+
+
 @pytest.mark.parametrize(
     ("ref", "told"),
     [

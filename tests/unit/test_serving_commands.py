@@ -106,7 +106,7 @@ def test_without_a_service_or_a_node_the_way_out_is_told(
     assert "s2ft serve starts the service" in capsys.readouterr().err
     monkeypatch.setenv("S2FT_HOME", str(tmp_path))
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
-    assert main(["serve", "--base", "s2ft://tiny"]) == 2
+    assert main(["serve", "--base", "s2ft://tiny"]) == 1
     assert (
         capsys.readouterr().err
         == f"error: nothing is up in {tmp_path}; s2ft up starts it, RAY_ADDRESS names a cluster\n"
