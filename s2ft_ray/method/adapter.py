@@ -65,8 +65,8 @@ class Adapter:
         """Write the adapter as a LoRA directory for PEFT, vLLM, SGLang or Ray Serve LLM.
 
         Exact: the product of its factors is the delta. `uniform_rank` pads every module to the
-        largest rank, for consumers that read none of ``rank_pattern``. AdapterError above rank
-        512, which those don't take: use `export_merged`.
+        largest rank, for consumers that read none of ``rank_pattern``. Fused experts PEFT alone
+        takes. AdapterError above rank 512, which servers don't take: use `export_merged`.
         """
         peft_export.write_peft(self, Path(path), uniform_rank=uniform_rank)
 

@@ -360,7 +360,7 @@ def test_a_real_model_learns_word_problems_and_both_modes_agree(node: Node, tmp_
 
     held_out = tmp_path / "held_out.jsonl"
     rows = (SHARED / "data/math/test_svamp.jsonl").read_text().splitlines()
-    held_out.write_text("\n".join(rows[:200]))
+    held_out.write_text("\n".join(rows[:60]))
     made = {}
     for mode in ("replicate", "full"):
         folder = tmp_path / mode

@@ -84,18 +84,32 @@ def test_peft_loads_fused_and_transposed_weights(family: str, tmp_path: Path) ->
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
 
 
+# peft 0.21 looks among the modules alone for whom a rank's pattern is; it heeds it all the same.
+@pytest.mark.filterwarnings("ignore:The following (rank|alpha)_pattern keys did not match")
 @pytest.mark.parametrize("family", EXPERTS)
-def test_experts_are_refused_and_attention_beside_them_is_exported(
-    family: str, tmp_path: Path
+@pytest.mark.parametrize(
+    "budgets",
+    [
+        {"o": 0.25, "v": 0.5},
+        {"o": 0.25, "down": 0.3},
+        {"up": 0.2, "gate": 0.4},
+        {"q": 0.25, "up": 0.5, "gate": 0.2, "down": 0.1},
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("uniform_rank", [False, True])
+def test_peft_loads_the_parameters_of_experts(
+    family: str, budgets: dict[str, float], uniform_rank: bool, tmp_path: Path
 ) -> None:
     model = build_model(family)
-    with pytest.raises(AdapterError, match=r"experts.down_proj: LoRA .*export_merged"):
-        train_adapter(model).export_peft(tmp_path)
-    adapter = train_adapter(model, budgets={"o": 0.25, "v": 0.5})
-    adapter.export_peft(tmp_path)
+    adapter = train_adapter(model, budgets=budgets)
+    adapter.export_peft(tmp_path, uniform_rank=uniform_rank)
     expected = switched_logits(model, adapter, tokens())
+    with torch.no_grad():
+        base = model(tokens()).logits
     found = peft_logits(model, tmp_path, tokens())
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+    assert (found - base).abs().max() > 0.05
 
 
 def test_peft_merges_the_export_into_the_weights_of_the_switched_model(tmp_path: Path) -> None:
