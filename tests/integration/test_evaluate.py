@@ -22,6 +22,8 @@ SHARED = REPO.parent / "shared"
 STORIES, MATH = SHARED / "models" / "stories260k", SHARED / "data" / "math"
 ADAPTER = "paper.llama2-7b-arithmetic"
 LENGTH, BEAMS, ROWS = 12, 4, 3
+TASKS = ("AQuA", "AddSub", "boolq", "gsm8k")
+CHOICES = "Answer Choices: (A) 21 (B) 21.5 (C) 22 (D) 22.5 (E) 23"
 SMALLER = {
     "model.name_or_path": STORIES,
     "model.dtype": "float32",
@@ -45,6 +47,23 @@ def head_of(name: str, count: int, folder: Path) -> Path:
     return path
 
 
+def chosen(name: str, answers: list[str], question: str, folder: Path) -> Path:
+    """Write a test set of choices as LLM-Adapters has it: a JSON array in a folder of its name."""
+    (folder / name).mkdir(exist_ok=True)
+    rows = [
+        {
+            "instruction": f"{question.format(number)}",
+            "input": "",
+            "output": f"the correct answer is {answer}",
+            "answer": answer,
+        }
+        for number, answer in enumerate(answers)
+    ]
+    path = folder / name / "test.json"
+    path.write_text(json.dumps(rows))
+    return path
+
+
 def job(node: Node, *command: str) -> subprocess.CompletedProcess[str]:
     environment = {**node.env, "PYTHONPATH": str(REPO), "OMP_NUM_THREADS": "1"}
     return subprocess.run(
@@ -58,7 +77,12 @@ def job(node: Node, *command: str) -> subprocess.CompletedProcess[str]:
 
 
 def evaluate(node: Node, results: Path) -> subprocess.CompletedProcess[str]:
-    files = [head_of(f"test_{name}.jsonl", ROWS, results.parent) for name in ("addsub", "gsm8k")]
+    folder = results.parent
+    files = [head_of(f"test_{name}.jsonl", ROWS, folder) for name in ("addsub", "gsm8k")]
+    question = "Please answer the following question with true or false, question: is {} even?"
+    files.append(chosen("boolq", ["true", "false", "true"], question, folder))
+    question = f"A man walks {{}} miles and then 21 more. How far? {CHOICES}"
+    files.append(chosen("AQuA", ["A", "C", "E"], question, folder))
     options = ["--suite", "llm-adapters", "--results", str(results), "--batch-size", "2"]
     options += ["--max-new-tokens", str(LENGTH), "--data", *map(str, files)]
     return job(node, "jobs/evaluate.py", ADAPTER, *options)
@@ -75,7 +99,7 @@ def results(node: Node, tmp_path_factory: pytest.TempPathFactory) -> Path:
     assert trained.returncode == 0, trained.stderr
     ended = evaluate(node, folder / "results.jsonl")
     assert ended.returncode == 0, ended.stderr
-    assert f"{2 * ROWS} rows in" in ended.stdout
+    assert f"{len(TASKS) * ROWS} rows in" in ended.stdout
     return folder / "results.jsonl"
 
 
@@ -86,7 +110,7 @@ def lines_of(path: Path) -> list[dict[str, Any]]:
 def test_every_row_is_scored_and_the_scores_are_logged(node: Node, results: Path) -> None:
     _, *rows, last = lines_of(results)
     assert sorted((row["task"], row["number"]) for row in rows) == [
-        (task, number) for task in ("AddSub", "gsm8k") for number in range(ROWS)
+        (task, number) for task in TASKS for number in range(ROWS)
     ]
     client = MlflowClient(node.env["MLFLOW_TRACKING_URI"])
     run = client.get_run(last["mlflow_run"])
@@ -94,12 +118,13 @@ def test_every_row_is_scored_and_the_scores_are_logged(node: Node, results: Path
     assert client.get_experiment(run.info.experiment_id).name == "s2ft/paper"
     assert run.data.tags["model"] == f"{ADAPTER}:1"
     shares = {
-        task: sum(row["is_right"] for row in rows if row["task"] == task) / ROWS
-        for task in ("AddSub", "gsm8k")
+        task: sum(row["is_right"] for row in rows if row["task"] == task) / ROWS for task in TASKS
     }
+    arithmetic = [share for task, share in shares.items() if task != "boolq"]
     assert run.data.metrics == {
         **{f"accuracy/{task}": share for task, share in shares.items()},
-        "accuracy/mean_arithmetic": sum(shares.values()) / 2,
+        "accuracy/mean_arithmetic": pytest.approx(sum(arithmetic) / 3),
+        "accuracy/mean_commonsense": shares["boolq"],
     }
 
 
@@ -110,7 +135,7 @@ def test_interrupted_evaluation_goes_on(node: Node, results: Path, tmp_path: Pat
     torn.write_text(kept + json.dumps(whole[4])[:20])
     ended = evaluate(node, torn)
     assert ended.returncode == 0, ended.stderr
-    assert "3/6" in ended.stderr  # the bar begins where the first one ended
+    assert "3/12" in ended.stderr  # the bar begins where the first one ended
 
     def in_order(lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
         return sorted(lines[1:-1], key=lambda row: (row["task"], row["number"]))
