@@ -17,7 +17,9 @@ to starting, one whose time in the queue is over from queued to failed.
     models          a job, its states, why it ended, when it is tried again
     store           the only writer of jobs, attempts and events
     transitions     what its writes are made of
-    service         the actor: observe, decide, apply
+    live_jobs       the jobs that haven't ended, in memory beside the store
+    tick, drivers   observe, decide, apply; launch, look for, give up
+    service         what drivers and people ask; the actor gives it to them
     launcher        the way to Ray Jobs
     client          what drivers and the command line ask the actor
 
