@@ -54,6 +54,8 @@ class ProgressPrinter:
         elif line["kind"] == "end":
             early = f", early, after step {line['step']}" if line["step"] < self._total else ""
             text = f"trained in {line['train_seconds']:.1f} s{early}{describe_speed(line)}"
+        else:  # where the workers are: for the queue
+            return
         print(text, flush=True)
 
 

@@ -376,10 +376,10 @@ def test_a_real_model_learns_word_problems_and_both_modes_agree(node: Node, tmp_
                 "invalid_rows": "drop",
             },
             method={"budgets": {"o": 0.25, "down": 0.25}},
-            optim={"lr": 1e-2, "max_steps": 40, "global_batch_size": 8, "micro_batch_size": 4},
+            optim={"lr": 1e-2, "max_steps": 32, "global_batch_size": 8, "micro_batch_size": 4},
             parallel={"sharding": mode},
-            evaluation={"every_steps": 40, "num_samples": 0},
-            checkpoint={"every_steps": 20},
+            evaluation={"every_steps": 32, "num_samples": 0},
+            checkpoint={"every_steps": 16},
         )
         command = ["ray", "job", "submit", "--working-dir", str(REPO), "--"]
         done = subprocess.run(
@@ -394,7 +394,7 @@ def test_a_real_model_learns_word_problems_and_both_modes_agree(node: Node, tmp_
     adapters = {mode: Adapter.load(run.adapter) for mode, run in made.items()}
     assert adapters["replicate"].fingerprint == adapters["full"].fingerprint
     evals = metrics_of(made["full"], "eval")
-    assert evals[0]["loss"] == pytest.approx(4.27, abs=0.4)
+    assert evals[0]["loss"] == pytest.approx(4.1, abs=0.4)
     assert evals[-1]["loss"] < 0.7 * evals[0]["loss"]
     os.environ["MLFLOW_TRACKING_URI"] = node.env["MLFLOW_TRACKING_URI"]
     try:

@@ -15,6 +15,7 @@ def test_what_is_written_is_printed(tmp_path: Path, capsys: pytest.CaptureFixtur
     path = tmp_path / "metrics.jsonl"
     log = MetricsLog(path)
     with ProgressPrinter(path):
+        log.write("workers", 0, nodes={"4c1e": 2})
         log.write("start", 0, total_steps=20, world_size=2, sharding="full")
         log.write("train", 1, **STEP)
         log.write(
@@ -26,7 +27,9 @@ def test_what_is_written_is_printed(tmp_path: Path, capsys: pytest.CaptureFixtur
             samples=[{"prompt": "a\nb", "answer": "c", "expected": "d"}],
         )
         log.write("train", 20, **STEP)
+        log.write("stop", 20)
     printed = capsys.readouterr().out
+    assert "stopped after step 20; the checkpoint is saved" in printed
     assert "started: 2 worker(s), base in full" in printed
     assert "step  1/20  loss 1.5000  lr 1.00e-03  1,234 tokens/s  1:01 left" in printed
     assert "step  1/20  held out: loss 1.0000  perplexity 2.70  token accuracy 50.0%" in printed
