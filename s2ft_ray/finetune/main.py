@@ -12,9 +12,10 @@ import argparse
 import logging
 import os
 import shutil
+import socket
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from s2ft_ray.config import ParallelConfig, RunConfig, load_config, parse_config
 from s2ft_ray.errors import (
@@ -116,7 +117,7 @@ def _join_queue() -> "QueueClient | None":
     """Join the cluster that RAY_ADDRESS names; return its queue where it has one."""
     if not os.environ.get("RAY_ADDRESS"):
         return None
-    _init_ray(None)
+    _init_ray()
     from s2ft_ray.scheduler.client import QueueClient
 
     return QueueClient.find()
@@ -235,18 +236,34 @@ def _plan(config: RunConfig) -> "RunPlan":
     return plan_run(config)
 
 
-def _init_ray(address: str | None) -> None:
+def _init_ray(**options: Any) -> None:
     import ray
 
     if not ray.is_initialized():
-        ray.init(address=address, logging_level=logging.WARNING, log_to_driver=True)
+        ray.init(logging_level=logging.WARNING, log_to_driver=True, **options)
+
+
+def _start_ray() -> None:
+    """Start a Ray for this process alone.
+
+    Its processes are told where it is asked: Train's watcher of a placement group looks for that by
+    itself, and fails where other Rays are on the machine.
+    """
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = int(free.getsockname()[1])
+    os.environ["RAY_API_SERVER_ADDRESS"] = f"http://127.0.0.1:{port}"
+    _init_ray(address="local", dashboard_port=port)
 
 
 def _join_cluster(config: RunConfig) -> None:
     """Join the cluster that RAY_ADDRESS names, or start one for this process; see it has room."""
     from s2ft_ray.training.launch import check_room
 
-    _init_ray(None if os.environ.get("RAY_ADDRESS") else "local")
+    if os.environ.get("RAY_ADDRESS"):
+        _init_ray()
+    else:
+        _start_ray()
     check_room(config.parallel)
 
 
