@@ -22,12 +22,14 @@ def find_thread(pid: int, function: str) -> int:
     """Return the id of the Python thread that has `function` on its stack."""
     dump = [str(BIN / "py-spy"), "dump", "--json", "--pid", str(pid)]
     done = subprocess.run(dump, capture_output=True, text=True, check=True)
-    (found,) = (
-        thread["os_thread_id"]
-        for thread in json.loads(done.stdout)
-        if any(frame["name"] == function for frame in thread["frames"])
-    )
-    return int(found)
+    threads = json.loads(done.stdout)
+    found = [
+        thread
+        for thread in threads
+        if any(frame["name"].rpartition(".")[2] == function for frame in thread["frames"])
+    ]
+    assert len(found) == 1, f"{len(found)} threads of {pid} are in {function}: {done.stdout}"
+    return int(found[0]["os_thread_id"])
 
 
 @contextmanager

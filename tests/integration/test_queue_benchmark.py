@@ -1,4 +1,4 @@
-"""``jobs/benchmark.py queue`` over eight days: its tables are whole; nothing here judges a time."""
+"""``jobs/benchmark.py queue`` over four days: its tables are whole; nothing here judges a time."""
 
 import json
 import os
@@ -11,7 +11,7 @@ REPO = Path(__file__).parents[2]
 
 def test_a_short_month_prints_every_policy_size_and_tenant(tmp_path: Path) -> None:
     out, figure = tmp_path / "out.json", tmp_path / "month.png"
-    options = ["--days", "8", "--tenants", "6", "--nodes", "2", "--queued", "40"]
+    options = ["--days", "4", "--tenants", "6", "--nodes", "2", "--queued", "40"]
     options += ["--json", str(out), "--figure", str(figure)]
     done = subprocess.run(
         [sys.executable, "jobs/benchmark.py", "queue", *options],

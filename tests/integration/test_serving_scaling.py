@@ -107,9 +107,9 @@ def test_replicas_come_with_the_load_and_go_without_breaking_an_answer(service: 
 def test_a_replica_whose_engine_stands_still_is_replaced(service: Service) -> None:
     service.wait_until(lambda: len(started_at(service)) == 1)
     (pid,) = started_at(service)
-    engine = find_thread(pid, "_run_generation_loop")
     with Load(service, ASKED) as load, ExitStack() as stack:
         load.wait_for_more(10)
+        engine = find_thread(pid, "_run_generation_loop")
         stack.enter_context(halted_alone(engine, lambda: bool(replicas(service))))
         service.wait_until(lambda: pid not in started_at(service))
         load.wait_for_more(20)
