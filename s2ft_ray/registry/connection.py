@@ -22,11 +22,13 @@ from s2ft_ray.errors import JobError, RegistryUnreachable
 
 # MLflow retries a dead server 7 times with doubling pauses, 4 minutes for one call. Retrying is
 # the callers' part here, so that each call is over soon and an end can be waited for.
-_HTTP_LIMITS = {
+_DEFAULTS = {
     "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1",
     "MLFLOW_HTTP_REQUEST_BACKOFF_FACTOR": "0",
     "MLFLOW_HTTP_REQUEST_BACKOFF_JITTER": "0",
     "MLFLOW_HTTP_REQUEST_TIMEOUT": "10",
+    # links among what a command prints for a program
+    "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
 }
 _S3_ERRORS = (
     ("boto3.exceptions", "Boto3Error"),
@@ -43,8 +45,8 @@ def default_tracking_uri(config: RunConfig | None = None) -> str:
 
 
 def connect(uri: str) -> MlflowClient:
-    """Make a client for `uri`, with time-outs that the user's environment may override."""
-    for name, value in _HTTP_LIMITS.items():
+    """Make a client for `uri`, with settings that the user's environment may override."""
+    for name, value in _DEFAULTS.items():
         os.environ.setdefault(name, value)
     return MlflowClient(tracking_uri=uri, registry_uri=uri)
 

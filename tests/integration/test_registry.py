@@ -390,6 +390,26 @@ def test_files_behind_a_servers_proxy_are_fetched_once(
     assert Adapter.load(found.folder).fingerprint == done.fingerprint
 
 
+def test_what_a_registration_prints_is_for_programs(
+    server: Server,
+    home: Path,
+    base: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    adapter = train_adapter(base, home / "mine")
+    server.start()
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", server.url)
+    assert cli.main(["register", str(home / "mine"), NAME, "--json"]) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert told == {
+        "name": NAME,
+        "version": 1,
+        "alias": "champion",
+        "fingerprint": adapter.fingerprint,
+    }
+
+
 def test_a_parent_is_found_by_name_and_by_folder(home: Path, base: Path) -> None:
     done = register(home, base, "r1", seed=3)
     by_name = resolve_parent(run_config(base, registry={"parent": f"{NAME}@champion"}))
