@@ -39,7 +39,8 @@ def test_a_run_tells_where_its_time_went_and_leaves_a_trace(two: GlooPool, tmp_p
     for line in runs.read_metrics(run, "train"):
         phases = [line[f"{name}_seconds"] for name in PHASES]
         assert min(phases) > 0
-        assert sum(phases) == pytest.approx(line["step_seconds"] + line["data_seconds"], rel=0.2)
+        seconds = line["step_seconds"] + line["data_seconds"]
+        assert 0.5 * seconds < sum(phases) <= seconds
         assert line["agree_seconds"] < line["communication_seconds"] < seconds_around(line)
         assert 0 < line["model_flop_utilisation"] < 1
     (end,) = runs.read_metrics(run, "end")
@@ -54,11 +55,14 @@ def test_a_run_tells_where_its_time_went_and_leaves_a_trace(two: GlooPool, tmp_p
         True,
         False,
     ]
-    seconds = sum(map(total_of, lines))
-    told = sum(line["communication_seconds"] for line in lines) / seconds
-    assert end["communication"] == pytest.approx(told, rel=0.5)  # the last checkpoint is no step's
-    used = sum(line["model_flop_utilisation"] * total_of(line) for line in lines) / seconds
-    assert end["mean_model_flop_utilisation"] == pytest.approx(used, rel=0.5)
+    # The last checkpoint is no step's: it is in the run's time alone, however long the disk took.
+    num_tokens = sum(line["tokens_per_s"] * line["step_seconds"] for line in lines)
+    seconds = num_tokens / end["mean_tokens_per_s"]
+    assert seconds > sum(map(total_of, lines))
+    communication = sum(line["communication_seconds"] for line in lines)
+    assert end["communication"] == pytest.approx(communication / seconds)
+    used = sum(line["model_flop_utilisation"] * total_of(line) for line in lines)
+    assert end["mean_model_flop_utilisation"] == pytest.approx(used / seconds)
     described = describe_speed(end)
     for part in ("tokens/s, ", "of a large matmul's FLOP/s; ", "forward", "in communication"):
         assert part in described
