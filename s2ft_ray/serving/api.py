@@ -64,7 +64,7 @@ class Rollback(Wire):
     alias: Alias = "champion"
 
 
-def _caller(request: Request) -> Caller:
+async def _caller(request: Request) -> Caller:  # async: a plain one is sent to a thread
     caller = request.scope["state"]["caller"]
     assert isinstance(caller, Caller)
     return caller

@@ -92,9 +92,21 @@ class Generator:
         self._threads = ThreadPoolExecutor(_ENCODES_AT_ONCE, thread_name_prefix="encode")
         tokenizer("x")  # its first call may set it up anew, which no other thread may see
 
-    async def whole(self, served: ServedRequest) -> str:
-        """Return the whole body. Raises ApiError for what can't be answered."""
+    async def answer(self, served: ServedRequest) -> AsyncGenerator[str]:
+        """Yield the body, or where the request streams, server-sent events.
+
+        Several events are one text where they are there at once. Raises ApiError for what can't be
+        answered, before the first text.
+        """
         run = await self._begin(served)
+        if not served.request.stream:
+            yield await self._whole(served, run)
+            return
+        async with aclosing(self._events(served, run)) as texts:
+            async for text in texts:
+                yield text
+
+    async def _whole(self, served: ServedRequest, run: "_Run") -> str:
         choices = [await run.echo(index) for index in range(len(run.answers))]
         async with aclosing(run.batches()) as batches:
             async for batch in batches:
@@ -102,19 +114,14 @@ class Generator:
                     choices[index].add(piece)
         return whole(self._bodies(served), served.identity, choices, run.usage)
 
-    async def stream(self, served: ServedRequest) -> AsyncGenerator[str]:
-        """Yield server-sent events, several in one text where they are there at once.
-
-        Raises ApiError for what can't be answered, before the first event.
-        """
-        run = await self._begin(served)
+    async def _events(self, served: ServedRequest, run: "_Run") -> AsyncGenerator[str]:
         bodies = self._bodies(served)
         echoes = [await run.echo(index) for index in range(len(run.answers))]
         opening = [bodies.first(index) for index in range(len(run.answers))]
         opening += [bodies.chunk(index, echo) for index, echo in enumerate(echoes) if echo]
         text = "".join(event(chunk) for chunk in opening if chunk)
         async with aclosing(run.batches()) as batches:
-            async for batch in batches:  # the opening waits for the first token: see `ingress`
+            async for batch in batches:  # the opening waits: what is refused is, before an event
                 yield text + "".join(event(bodies.chunk(*piece)) for piece in batch)
                 text = ""
         if served.request.wants_usage:

@@ -1,9 +1,10 @@
 """Serve's handles as the ingress and the watcher use them: glue.
 
 Invariant: a call that is left (its client went away, its time is up) is cancelled in the replica,
-and one whose replica died is told from one that its caller left. Streams come by gRPC: by Ray's
-objects, a handle's default in the process that binds it, a token costs twice as much. Whole
-answers come by Ray's objects: by gRPC a replica's acceptance would come with the answer.
+and one whose replica died is told from one that its caller left. Answers come by gRPC: by Ray's
+objects, a handle's default in the process that binds it, a token costs twice as much. They come as
+streams, the whole ones too, of one item: of a single reply by gRPC a replica's acceptance would be
+a part.
 """
 
 import asyncio
@@ -43,23 +44,16 @@ class BaseHandle:
 
     def __init__(self, handle: DeploymentHandle) -> None:
         self._handle = handle
-        self._whole = handle.options(_by_reference=True)
-        self._streams = handle.options(
+        self._answers = handle.options(
             stream=True, _by_reference=False, response_serialization="pickle"
         )
 
-    async def whole(self, served: ServedRequest) -> str | ApiError:
-        """Answer in one body. Raises ReplicaLostError, ApiError where the queue is full."""
-        response = self._whole.whole.remote(served)
-        try:
-            with _faults():
-                return cast(str | ApiError, await response)
-        finally:
-            _leave(response)
+    async def answer(self, served: ServedRequest) -> AsyncGenerator[str | ApiError]:
+        """Yield the body, or server-sent events where the request streams.
 
-    async def stream(self, served: ServedRequest) -> AsyncGenerator[str | ApiError]:
-        """Answer in server-sent events. Raises what `whole` raises."""
-        response = self._streams.stream.remote(served)
+        Raises ReplicaLostError, ApiError where the queue is full.
+        """
+        response = self._answers.answer.remote(served)
         try:
             with _faults():
                 async for item in response:

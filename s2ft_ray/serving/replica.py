@@ -102,21 +102,14 @@ class Replica:
         """Raise where the engine is stuck or dead."""
         self._engine.check_health()
 
-    async def whole(self, served: ServedRequest) -> str | ApiError:
-        """Answer a request in one body."""
-        try:
-            return await self._generator.whole(await self._prepare(served))
-        except Exception as error:  # noqa: BLE001 - the request's edge: nothing but an answer leaves
-            return refusal(error, served)
-
-    async def stream(self, served: ServedRequest) -> AsyncGenerator[str | ApiError]:
-        """Answer a request in server-sent events; an ApiError is the last thing that comes."""
+    async def answer(self, served: ServedRequest) -> AsyncGenerator[str | ApiError]:
+        """Yield the body, or server-sent events; an ApiError is the last thing that comes."""
         try:
             prepared = await self._prepare(served)
-            async with aclosing(self._generator.stream(prepared)) as events:
-                async for text in events:
+            async with aclosing(self._generator.answer(prepared)) as texts:
+                async for text in texts:
                     yield text
-        except Exception as error:  # noqa: BLE001 - as above
+        except Exception as error:  # noqa: BLE001 - the request's edge: nothing but an answer leaves
             yield refusal(error, served)
 
     async def check(self, route: Route) -> str | None:

@@ -41,11 +41,11 @@ class ReplicaLostError(Exception):
 class BaseClient(Protocol):
     """A base's replicas, seen from the ingress."""
 
-    async def whole(self, served: ServedRequest) -> str | ApiError:
-        """Answer in one body. Raises ReplicaLostError, ApiError where the queue is full."""
+    def answer(self, served: ServedRequest) -> AsyncGenerator[str | ApiError]:
+        """Yield the body, or server-sent events where the request streams.
 
-    def stream(self, served: ServedRequest) -> AsyncGenerator[str | ApiError]:
-        """Answer in server-sent events. Raises what `whole` raises."""
+        Raises ReplicaLostError, ApiError where the queue is full.
+        """
 
     async def ping(self) -> None:
         """Raise unless a replica answers and its engine works."""
@@ -290,11 +290,7 @@ class Service:
             await asyncio.sleep(pause_s)
             has_begun = False
             try:
-                if not served.request.stream:
-                    yield _or_raise(await base.whole(served))
-                    self._hear(served.route.base_id)
-                    return
-                async with aclosing(base.stream(served)) as items:
+                async with aclosing(base.answer(served)) as items:
                     async for item in items:
                         text = _or_raise(item)
                         self._hear(served.route.base_id)

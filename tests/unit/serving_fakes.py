@@ -93,19 +93,12 @@ class FakeBase:
         self.deaths = deaths
         self.dies_after = dies_after
 
-    async def whole(self, served: ServedRequest) -> str | ApiError:
-        self._die()
-        try:
-            return await self.generator.whole(served)
-        except ApiError as error:
-            return error
-
-    async def stream(self, served: ServedRequest) -> AsyncGenerator[str | ApiError]:
+    async def answer(self, served: ServedRequest) -> AsyncGenerator[str | ApiError]:
         if not self.dies_after:
             self._die()
         try:
             count = 0
-            async for text in self.generator.stream(served):
+            async for text in self.generator.answer(served):
                 yield text
                 count += 1
                 if count == self.dies_after:

@@ -366,10 +366,10 @@ def test_closing_the_generation_early_ends_it() -> None:
 
         request = CompletionRequest(model=BASE, prompt="x", stream=True, n=3)
         identity = Identity("id", 0, BASE, "f")
-        stream = base.stream(ServedRequest(request, Route(BASE, "f"), identity, "r", "acme"))
+        stream = base.answer(ServedRequest(request, Route(BASE, "f"), identity, "r", "acme"))
         await anext(stream)
         await stream.aclose()
-        await base.generator.stream(
+        await base.generator.answer(
             ServedRequest(request, Route(BASE, "f"), identity, "r", "acme")
         ).aclose()
         await asyncio.sleep(0.05)

@@ -86,15 +86,10 @@ class Handle:
         return kind(future, RequestMetadata(request_id="r", internal_request_id="i"))
 
 
-async def whole(base: BaseHandle) -> list[Any]:
-    return [await base.whole(None)]  # type: ignore[arg-type]
+async def ask(base: BaseHandle) -> list[Any]:
+    return [item async for item in base.answer(None)]  # type: ignore[arg-type]
 
 
-async def stream(base: BaseHandle) -> list[Any]:
-    return [item async for item in base.stream(None)]  # type: ignore[arg-type]
-
-
-Ask = Callable[[BaseHandle], Awaitable[list[Any]]]
 WATCHER_CALLS: list[Callable[[WatcherHandle], Awaitable[Any]]] = [
     lambda watcher: watcher.find(None),  # type: ignore[arg-type]
     lambda watcher: watcher.promote("acme.bot", 1, "champion"),
@@ -104,20 +99,16 @@ WATCHER_CALLS: list[Callable[[WatcherHandle], Awaitable[Any]]] = [
 ]
 
 
-@pytest.mark.parametrize("ask", [whole, stream])
 @pytest.mark.parametrize(("error", "status"), [(FULL, 429), (GONE, 503)])
-def test_what_no_replica_takes_is_told_when_to_come_back(
-    ask: Ask, error: Exception, status: int
-) -> None:
+def test_what_no_replica_takes_is_told_when_to_come_back(error: Exception, status: int) -> None:
     with pytest.raises(ApiError) as refused:
         asyncio.run(ask(BaseHandle(Handle(error))))  # type: ignore[arg-type]
     assert refused.value.status == status
     assert refused.value.headers["Retry-After"]
 
 
-@pytest.mark.parametrize("ask", [whole, stream])
 @pytest.mark.parametrize("error", DEATHS, ids=repr)
-def test_a_replica_that_died_is_lost_however_it_is_told(ask: Ask, error: BaseException) -> None:
+def test_a_replica_that_died_is_lost_however_it_is_told(error: BaseException) -> None:
     async def lose(assigned: Exception | Result) -> None:
         with pytest.raises(ReplicaLostError):
             await ask(BaseHandle(Handle(assigned)))  # type: ignore[arg-type]
@@ -130,16 +121,14 @@ def test_a_replica_that_died_is_lost_however_it_is_told(ask: Ask, error: BaseExc
     asyncio.run(lose_each())
 
 
-@pytest.mark.parametrize("ask", [whole, stream])
-def test_a_fault_of_our_own_calls_is_no_dead_replica(ask: Ask) -> None:
+def test_a_fault_of_our_own_calls_is_no_dead_replica() -> None:
     error = rpc_error(grpc.StatusCode.RESOURCE_EXHAUSTED)
     for assigned in (error, Result(error)):
         with pytest.raises(grpc.aio.AioRpcError):
             asyncio.run(ask(BaseHandle(Handle(assigned))))  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("ask", [whole, stream])
-def test_a_caller_that_leaves_cancels_its_call_and_is_no_lost_replica(ask: Ask) -> None:
+def test_a_caller_that_leaves_cancels_its_call_and_is_no_lost_replica() -> None:
     async def leave() -> Result:
         result = Result(None)
         task = asyncio.create_task(ask(BaseHandle(Handle(result))))  # type: ignore[arg-type]
@@ -158,7 +147,7 @@ def test_a_caller_that_leaves_cancels_its_call_and_is_no_lost_replica(ask: Ask) 
 def test_a_stream_that_is_closed_cancels_its_call() -> None:
     async def close() -> Result:
         result = Result(None, "one", "two")
-        items = BaseHandle(Handle(result)).stream(None)  # type: ignore[arg-type]
+        items = BaseHandle(Handle(result)).answer(None)  # type: ignore[arg-type]
         assert await anext(items) == "one"
         await items.aclose()
         return result
@@ -192,15 +181,13 @@ def test_who_follows_the_catalog_outlives_the_watcher(error: BaseException) -> N
     asyncio.run(follow())
 
 
-def test_streams_go_by_grpc_and_whole_answers_by_reference() -> None:
+def test_answers_go_by_grpc_item_by_item() -> None:
     handle = Handle(GONE)
-    base = BaseHandle(handle)  # type: ignore[arg-type]
-    for ask in (whole, stream):
-        with pytest.raises(ApiError):
-            asyncio.run(ask(base))
-    (_, of_whole), (_, of_stream) = handle.calls
-    assert of_whole["_by_reference"] is True
-    assert of_stream["_by_reference"] is False
+    with pytest.raises(ApiError):
+        asyncio.run(ask(BaseHandle(handle)))  # type: ignore[arg-type]
+    ((_, given),) = handle.calls
+    assert given["stream"] is True
+    assert given["_by_reference"] is False
 
 
 async def no_replica() -> list[Any]:

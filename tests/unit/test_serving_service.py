@@ -3,7 +3,7 @@
 import asyncio
 import json
 import time
-from collections.abc import Iterator
+from collections.abc import AsyncGenerator, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
@@ -223,11 +223,12 @@ def test_an_error_inside_is_a_500_without_its_text() -> None:
 
 
 def test_an_error_of_the_service_itself_counts_as_one(monkeypatch: pytest.MonkeyPatch) -> None:
-    async def fail(_: ServedRequest) -> str:
+    async def fail(_: ServedRequest) -> AsyncGenerator[str]:
         raise RuntimeError("a fault")
+        yield ""
 
     with served() as site:
-        monkeypatch.setattr(site.base, "whole", fail)
+        monkeypatch.setattr(site.base, "answer", fail)
         assert site.post(GOOD).status_code == 500
         assert site.ledger.ends == [("operator", BASE, "", 500)]
 

@@ -88,10 +88,10 @@ def test_streams_go_on_while_a_prompt_is_encoded() -> None:
     async def scenario() -> Any:
         limits = Limits(context_tokens=512, output_tokens=256, vocab_size=len(TOKENIZER))
         generator = Generator(Parrot(), TOKENIZER, limits, Silent(), hang)
-        slow = asyncio.create_task(anext(generator.stream(ask("{{ a tenant's }}"))))
+        slow = asyncio.create_task(anext(generator.answer(ask("{{ a tenant's }}"))))
         while not is_rendering.is_set():
             await asyncio.sleep(0.001)
-        other = [text async for text in generator.stream(ask(None))]
+        other = [text async for text in generator.answer(ask(None))]
         assert not slow.done()
         go_on.set()
         assert "content" in await slow
