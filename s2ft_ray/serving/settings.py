@@ -15,8 +15,8 @@ SERVE_ENV = {
     "RAY_SERVE_PROXY_HEALTH_CHECK_PERIOD_S": "1",
     # A streamed token goes from ingress to proxy, by Ray's objects at twice the cost.
     "RAY_SERVE_USE_GRPC_BY_DEFAULT": "1",
-    # A handle's calls are made in the loop that asks for them: in one of its own, in another thread,
-    # an answer costs a third more.
+    # A handle's calls are made in the loop that asks for them: in a loop of Serve's, each message
+    # goes to another thread and back.
     "RAY_SERVE_RUN_ROUTER_IN_SEPARATE_LOOP": "0",
     # The longest prompts and scored answers are above gRPC's 4 MiB; the ingress has its own limits.
     "RAY_SERVE_REPLICA_GRPC_MAX_MESSAGE_LENGTH": str(2**30),
