@@ -35,7 +35,7 @@ def add_commands(commands: "argparse._SubParsersAction[argparse.ArgumentParser]"
         ("job", "the whole story of a job: where it is and why, its events", _job),
         ("cancel", "end a job, whatever it does; one that has ended stays as it is", _cancel),
         ("pause", "hold a job back; one that runs stops at its next step", _pause),
-        ("resume", "let a paused job go on", _resume),
+        ("resume", "let a paused or failed job go on", _resume),
     ):
         command = commands.add_parser(name, help=text)
         command.add_argument("job", metavar="ID")
@@ -302,9 +302,10 @@ def _priority(args: argparse.Namespace) -> int:
 
 def _change(args: argparse.Namespace, change: "Callable[[QueueClient], dict[str, Any]]") -> int:
     queue = connect()
-    if queue.job(args.job)["finished_at"] is not None:
-        print(f"job {args.job} has ended: nothing is changed", file=sys.stderr)
+    had_ended = queue.job(args.job)["finished_at"] is not None
     job = change(queue)
+    if had_ended and job["finished_at"] is not None:
+        print(f"job {args.job} has ended: nothing is changed", file=sys.stderr)
     if args.json:
         print(json.dumps(job, indent=2))
     else:

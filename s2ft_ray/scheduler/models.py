@@ -22,7 +22,6 @@ class State(StrEnum):
 
 HOLDING = frozenset({State.STARTING, State.RUNNING, State.PREEMPTING})
 LIVE = HOLDING | {State.QUEUED}
-ENDED = frozenset(State) - LIVE
 
 NEXT: Mapping[State, frozenset[State]] = {
     State.QUEUED: frozenset({State.STARTING, State.FAILED, State.CANCELLED}),
@@ -33,9 +32,11 @@ NEXT: Mapping[State, frozenset[State]] = {
     State.PREEMPTING: frozenset(
         {State.STARTING, State.QUEUED, State.SUCCEEDED, State.FAILED, State.CANCELLED}
     ),
-    **{state: frozenset() for state in ENDED},
+    State.FAILED: frozenset({State.QUEUED}),
+    State.SUCCEEDED: frozenset(),
+    State.CANCELLED: frozenset(),
 }
-"""The transitions that there are."""
+"""The transitions that there are; a failed job is queued again by people alone."""
 
 
 class StopCause(StrEnum):

@@ -17,7 +17,13 @@ from s2ft_ray.scheduler import accounting, lease, policy
 from s2ft_ray.scheduler.answers import event_answer, job_answer, usage_answer
 from s2ft_ray.scheduler.cluster import Cluster
 from s2ft_ray.scheduler.drivers import Drivers
-from s2ft_ray.scheduler.intake import build_submission, check_priority, default_key, read_config
+from s2ft_ray.scheduler.intake import (
+    build_submission,
+    check_priority,
+    check_resumable,
+    default_key,
+    read_config,
+)
 from s2ft_ray.scheduler.launcher import Launcher
 from s2ft_ray.scheduler.live_jobs import LiveJobs, is_paused
 from s2ft_ray.scheduler.liveness import Liveness
@@ -206,8 +212,16 @@ class Scheduler:
         return self._ask(lambda now: self._store.pause(job_id, now + self._settings.grace_s, now))
 
     def resume(self, job_id: str) -> dict[str, Any]:
-        """Let a paused job go on."""
-        return self._ask(lambda now: self._store.resume(job_id, now))
+        """Let a paused or failed job go on.
+
+        Raises ConfigError for a failed one that would fail again, or may not queue now.
+        """
+        with self._jobs.lock:
+            job = self._jobs.find(job_id)
+            if job.state == State.FAILED:
+                live = [it for it in self._jobs.all() if it.tenant == job.tenant]
+                check_resumable(job, self._accounts.tenant(job.tenant), live)
+            return self._ask(lambda now: self._store.resume(job_id, now))
 
     def set_priority(self, job_id: str, priority: int) -> dict[str, Any]:
         """Change a live job's priority. Raises ConfigError above its tenant's cap."""

@@ -354,9 +354,17 @@ class Store:
         return job
 
     def resume(self, job_id: str, at: float) -> Job:
-        """Let a paused job be admitted again; one that is about to stop for it goes on after."""
+        """Let a paused job be admitted again; one that is about to stop for it goes on after.
+
+        One that has failed is queued again: its next attempt goes on from its newest checkpoint.
+        """
         with writing(self.engine) as connection:
             job = get(connection, job_id)
+            if job.state == State.FAILED:
+                queued = {"queued_at": max(at, job.updated_at), "finished_at": None}
+                return move(
+                    connection, job, State.QUEUED, at, "resumed", **{**NOTHING_HELD, **queued}
+                )
             if job.stop_cause == StopCause.PAUSE:  # it still holds its workers
                 note(connection, job, at, "resumed")
                 again = {"stop_cause": StopCause.RESIZE, "next_workers": job.num_workers}

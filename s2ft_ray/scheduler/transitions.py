@@ -160,8 +160,12 @@ def end_attempt(
 
 
 def count_attempts(connection: Connection, job_id: str, outcome: str) -> int:
-    """Count a job's attempts that came to `outcome`."""
-    alike = and_(ATTEMPTS.c.job_id == job_id, ATTEMPTS.c.outcome == outcome)
+    """Count a job's attempts that came to `outcome`, since it failed for good if it has."""
+    failed = and_(EVENTS.c.job_id == job_id, EVENTS.c.state == str(State.FAILED))
+    last = select(func.coalesce(func.max(EVENTS.c.attempt), 0)).where(failed).scalar_subquery()
+    alike = and_(
+        ATTEMPTS.c.job_id == job_id, ATTEMPTS.c.outcome == outcome, ATTEMPTS.c.attempt > last
+    )
     found: int = connection.execute(select(func.count()).where(alike)).scalar_one()
     return found
 

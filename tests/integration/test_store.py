@@ -208,6 +208,29 @@ def test_a_paused_job_is_held_until_it_is_resumed(store: Store) -> None:
     assert (job.state, job.held, job.num_preemptions) == (State.QUEUED, True, 0)
 
 
+def test_a_failed_job_that_is_resumed_has_each_causes_retries_anew(store: Store) -> None:
+    job = admitted(store)
+    for at in (11.0, 13.0):  # out of memory is tried again once
+        job = store.fail(job.id, job.attempt, FailureReason.OUT_OF_MEMORY, "no room", at)
+        if job.state == State.QUEUED:
+            job = store.admit(job.id, 1, {"n": 1}, at + 1)
+    assert (job.state, job.finished_at, job.attempt) == (State.FAILED, 13.0, 2)
+    job = store.resume(job.id, 20.0)
+    assert (job.state, job.queued_at, job.finished_at) == (State.QUEUED, 20.0, None)
+    assert job in store.live_jobs()
+    job = store.admit(job.id, 1, {"n": 1}, 21.0)
+    assert job.attempt == 3
+    job = store.fail(job.id, 3, FailureReason.OUT_OF_MEMORY, "no room", 22.0)
+    assert job.state == State.QUEUED
+    job = store.fail(
+        job.id, store.admit(job.id, 1, {"n": 1}, 23.0).attempt, FailureReason.DIVERGED, "NaN", 24.0
+    )
+    states = [event.state for event in store.events(job.id)]
+    assert states.count(State.FAILED) == 2
+    ended = store.cancel(store.submit(ask("b"), 1.0).id, 9.0, 2.0)
+    assert store.resume(ended.id, 3.0) == ended
+
+
 def test_a_clock_that_goes_backwards_moves_no_time_back(store: Store) -> None:
     job = admitted(store, at=100.0)
     job = store.beat(job.id, 1, 50.0, Progress(1, 2))

@@ -275,6 +275,47 @@ def test_cancel_works_in_every_state_and_on_an_ended_job_does_nothing(queue: Que
         queue.scheduler.cancel("job-none")
 
 
+def fail(queue: Queue, name: str, reason: str) -> str:
+    """Have a job fail for good."""
+    job_id = queue.submit(name)
+    while queue.state(job_id) != "failed":
+        queue.tick(700)
+        outcome = {"outcome": "failed", "reason": reason, "message": "told so"}
+        queue.scheduler.report(job_id, queue.begin(job_id), outcome)
+    return job_id
+
+
+def test_a_failed_job_that_is_resumed_goes_on_as_its_next_attempt(queue: Queue) -> None:
+    job_id = fail(queue, "a", "storage")
+    before = queue.scheduler.job(job_id)
+    assert before["error"] == "told so"
+    answer = queue.scheduler.resume(job_id)
+    assert (answer["state"], answer["finished_at"], answer["error"]) == ("queued", None, None)
+    queue.tick()
+    attempt = queue.begin(job_id, step=5)
+    assert attempt == before["attempt"] + 1
+    model = {"outcome": "succeeded", "model": ("acme.a", "1")}
+    queue.scheduler.report(job_id, attempt, model)
+    assert queue.state(job_id) == "succeeded"
+    assert queue.scheduler.resume(job_id)["state"] == "succeeded"
+
+
+def test_a_failed_job_that_would_fail_again_or_is_queued_anew_is_not_resumed(queue: Queue) -> None:
+    diverged, failed = fail(queue, "a", "diverged"), fail(queue, "b", "bad_input")
+    with pytest.raises(ConfigError, match=f"{diverged}: would diverge again; lower optim.lr"):
+        queue.scheduler.resume(diverged)
+    again = queue.submit("b")
+    with pytest.raises(ConfigError, match=f"{failed}: {again} is the same run, and queued"):
+        queue.scheduler.resume(failed)
+    queue.scheduler.cancel(again)
+    queue.accounts.set_tenant("acme", max_queued=1)
+    other = queue.submit("c")
+    with pytest.raises(ConfigError, match="1 jobs are queued, its limit is 1"):
+        queue.scheduler.resume(failed)
+    queue.scheduler.cancel(other)
+    assert queue.scheduler.resume(failed)["state"] == "queued"
+
+
 def test_a_job_resumed_while_it_stops_for_its_pause_goes_on_at_once(queue: Queue) -> None:
     job_id = queue.submit()
     queue.tick()
