@@ -23,6 +23,7 @@ from s2ft_ray.scheduler.views import NodeView
 
 TENANTS = 200
 CALLS = 200
+"""Of each kind; of a queue of fewer jobs, as many as it has."""
 _PAUSE_S = 0.05
 """Between calls: twenty a second, each of which may set off a tick."""
 
@@ -63,10 +64,13 @@ def measure_service(num_queued: int) -> dict[str, float]:
         running = [job["id"] for job in scheduler.jobs(states=["starting"], limit=CALLS)]
         ticks = _times(scheduler.tick, calls=5)
         numbers, ids = iter(range(10**6, 10**7)), iter(running * CALLS)
+        calls = min(CALLS, num_queued)
         with _ticking(scheduler):
-            submits = _times(lambda: scheduler.submit(_document(next(numbers))), pause_s=_PAUSE_S)
-            pages = _times(lambda: scheduler.jobs(limit=100), pause_s=_PAUSE_S)
-            beats = _times(lambda: scheduler.heartbeat(next(ids), 1), pause_s=_PAUSE_S)
+            submits = _times(
+                lambda: scheduler.submit(_document(next(numbers))), calls, pause_s=_PAUSE_S
+            )
+            pages = _times(lambda: scheduler.jobs(limit=100), calls, pause_s=_PAUSE_S)
+            beats = _times(lambda: scheduler.heartbeat(next(ids), 1), calls, pause_s=_PAUSE_S)
         policy.close()
         store.close()
         accounts.close()
@@ -96,7 +100,7 @@ def _ticking(scheduler: Scheduler) -> Iterator[None]:
         sys.setswitchinterval(before)
 
 
-def _times(call: Callable[[], Any], calls: int = CALLS, pause_s: float = 0.0) -> list[float]:
+def _times(call: Callable[[], Any], calls: int, pause_s: float = 0.0) -> list[float]:
     times = []
     for _ in range(calls):
         time.sleep(pause_s)
