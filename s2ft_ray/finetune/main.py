@@ -197,10 +197,17 @@ def _resume(run: RunFolder) -> int:
 
 
 def _refuse_active(queue: "QueueClient", job_id: str) -> None:
+    from s2ft_ray.scheduler.intake import FAILS_AGAIN
+
     try:
         job = queue.job(job_id)
     except UnknownJob:
         return  # a run that never was a job of this queue
+    if job["state"] == "failed" and job["reason"] not in FAILS_AGAIN:
+        raise ConfigError(
+            f"--resume {job_id}: the queue has this run, which failed; `s2ft resume {job_id}` lets"
+            " it go on there"
+        )
     if job["finished_at"] is None:
         raise ConfigError(
             f"--resume {job_id}: the queue has this run, {job['state']}; it goes on by itself, and"

@@ -29,5 +29,5 @@ Invariants
   than the job's is refused, so a driver that was given up can't change anything any more.
 - The ledger is the jobs' own num_workers: held from the admission to the end of the attempt, on the
   nodes that the policy chose, then on those where Ray put the workers.
-- A job ends once. An ended job never changes.
+- A job ends once. An ended job never changes, but that people queue a failed one again.
 """

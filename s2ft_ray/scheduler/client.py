@@ -125,7 +125,7 @@ class QueueClient:
         return self._ask_job("pause", job_id)
 
     def resume(self, job_id: str) -> Answer:
-        """Let a paused job wait for its turn again."""
+        """Let a paused or failed job wait for its turn again."""
         return self._ask_job("resume", job_id)
 
     def set_priority(self, job_id: str, priority: int) -> Answer:

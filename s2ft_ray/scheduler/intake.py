@@ -15,10 +15,11 @@ from s2ft_ray.scheduler.views import NodeView, WorkerShape
 
 _LONGEST_KEY = 255
 _LARGEST_PRIORITY = 1_000_000
-_FAILS_AGAIN: Mapping[FailureReason | None, str] = {
+FAILS_AGAIN: Mapping[FailureReason | None, str] = {
     FailureReason.DIVERGED: "would diverge again; lower optim.lr, and submit it anew",
     FailureReason.RUN_DEADLINE: "has used its time up; submit it anew with a longer --run-timeout",
 }
+"""Failures that the same job comes to again, and the way out."""
 
 
 def read_config(document: Mapping[str, Any]) -> RunConfig:
@@ -81,15 +82,16 @@ def default_key(config: RunConfig) -> str:
     return f"{config.tenant}/{config.name}/{digest[:32]}"
 
 
-def check_resumable(job: Job, tenant: Tenant, live: Sequence[Job]) -> None:
-    """Raise ConfigError for a failed job that would fail again, or may not queue now.
+def check_resumable(job: Job, config: RunConfig, tenant: Tenant, live: Sequence[Job]) -> None:
+    """Raise ConfigError for a failed job that would fail again, or may not be asked for now.
 
     `live` are the tenant's jobs that haven't ended.
     """
     faults: list[str] = []
-    if job.failure in _FAILS_AGAIN:
-        faults.append(f"job {job.id}: {_FAILS_AGAIN[job.failure]}")
-    faults += _crowding(tenant, sum(it.state == State.QUEUED for it in live))
+    if job.failure in FAILS_AGAIN:
+        faults.append(f"job {job.id}: {FAILS_AGAIN[job.failure]}")
+    num_queued = sum(it.state == State.QUEUED for it in live)
+    faults += _faults(config, tenant, num_queued, job.sizes[0])
     faults += [
         f"job {job.id}: {it.id} is the same run, and {it.state}; cancel that first"
         for it in live
@@ -137,16 +139,12 @@ def _faults(config: RunConfig, tenant: Tenant, num_queued: int, num_workers: int
             f"parallel.num_workers {num_workers}: tenant {tenant.name} may hold"
             f" {tenant.max_workers} workers at most"
         )
-    return faults + _crowding(tenant, num_queued) + _data_faults(config, tenant)
-
-
-def _crowding(tenant: Tenant, num_queued: int) -> list[str]:
-    if tenant.max_queued is None or num_queued < tenant.max_queued:
-        return []
-    return [
-        f"tenant {tenant.name}: {num_queued} jobs are queued, its limit is"
-        f" {tenant.max_queued}; wait for one to start, or cancel one"
-    ]
+    if tenant.max_queued is not None and num_queued >= tenant.max_queued:
+        faults.append(
+            f"tenant {tenant.name}: {num_queued} jobs are queued, its limit is"
+            f" {tenant.max_queued}; wait for one to start, or cancel one"
+        )
+    return faults + _data_faults(config, tenant)
 
 
 def _data_faults(config: RunConfig, tenant: Tenant) -> list[str]:

@@ -214,13 +214,14 @@ class Scheduler:
     def resume(self, job_id: str) -> dict[str, Any]:
         """Let a paused or failed job go on.
 
-        Raises ConfigError for a failed one that would fail again, or may not queue now.
+        Raises ConfigError for a failed one that would fail again, or may not be asked for now.
         """
         with self._jobs.lock:
             job = self._jobs.find(job_id)
             if job.state == State.FAILED:
                 live = [it for it in self._jobs.all() if it.tenant == job.tenant]
-                check_resumable(job, self._accounts.tenant(job.tenant), live)
+                config = read_config(self._store.config(job_id))
+                check_resumable(job, config, self._accounts.tenant(job.tenant), live)
             return self._ask(lambda now: self._store.resume(job_id, now))
 
     def set_priority(self, job_id: str, priority: int) -> dict[str, Any]:

@@ -298,6 +298,8 @@ class Service:
                         yield text
                 return
             except ReplicaLostError as error:
+                if has_begun and not served.request.stream:
+                    return  # it was whole
                 log.warning("request %s: its replica died: %s", served.request_id, error)
                 if has_begun:
                     raise ApiError(

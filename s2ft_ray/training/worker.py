@@ -249,9 +249,15 @@ class WorkerPart:
                         f"{self.run.adapter}: {error.strerror or error}; make room there;"
                         " --resume writes it from the last checkpoint"
                     ) from error
-                loaded = Adapter.load(self.run.adapter).fingerprint
-                if loaded != adapter.fingerprint:
-                    raise AdapterError(f"{self.run.adapter}: reads back as another one ({loaded})")
+                try:
+                    loaded = Adapter.load(self.run.adapter).fingerprint
+                    if loaded != adapter.fingerprint:
+                        raise AdapterError(
+                            f"{self.run.adapter}: reads back as another one ({loaded})"
+                        )
+                except AdapterError:
+                    shutil.rmtree(self.run.adapter)  # for the next start to write it anew
+                    raise
 
     def _summary(self) -> dict[str, Any]:
         """Say how the adapter was trained, and how its prompts are to be rendered."""

@@ -84,6 +84,33 @@ def test_to_register_what_is_trained_takes_no_cluster(
     assert joined == ([] if is_whole else ["bot"])
 
 
+@pytest.mark.parametrize(
+    ("state", "reason", "way_out"),
+    [
+        ("running", "first step", "goes on by itself"),
+        ("failed", "storage", "which failed; `s2ft resume run-1` lets it go on there"),
+        ("failed", "run_deadline", None),
+        ("cancelled", "cancelled", None),
+    ],
+)
+def test_what_the_queue_can_go_on_with_is_not_resumed_beside_it(
+    run: RunFolder,
+    state: str,
+    reason: str,
+    way_out: str | None,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    ended = None if state == "running" else "2026-01-31T11:00:00+00:00"
+    job = {"state": state, "reason": reason, "finished_at": ended}
+    queue = type("Queue", (), {"job": staticmethod(lambda _: job)})
+    monkeypatch.setattr(stages, "_join_queue", lambda: queue)
+    monkeypatch.setattr(stages, "_join_cluster", lambda _: None)
+    monkeypatch.setattr(stages, "finish_run", lambda _: VERSION)
+    assert stages.main(["--resume", str(run.path)]) == (0 if way_out is None else 2)
+    assert (way_out or "") in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("part", ["parent", "data"])
 def test_a_run_for_whose_inputs_there_is_no_room_is_one_clear_fault(
     part: str, run: RunFolder

@@ -313,6 +313,10 @@ def test_a_failed_job_that_would_fail_again_or_is_queued_anew_is_not_resumed(que
     with pytest.raises(ConfigError, match="1 jobs are queued, its limit is 1"):
         queue.scheduler.resume(failed)
     queue.scheduler.cancel(other)
+    queue.accounts.set_tenant("acme", data_roots=["/elsewhere"])
+    with pytest.raises(ConfigError, match="lies in none of tenant acme's data roots"):
+        queue.scheduler.resume(failed)
+    queue.accounts.set_tenant("acme", data_roots=[])
     assert queue.scheduler.resume(failed)["state"] == "queued"
 
 
