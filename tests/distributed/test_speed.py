@@ -40,7 +40,7 @@ def test_a_run_tells_where_its_time_went_and_leaves_a_trace(two: GlooPool, tmp_p
         phases = [line[f"{name}_seconds"] for name in PHASES]
         assert min(phases) > 0
         seconds = line["step_seconds"] + line["data_seconds"]
-        assert 0.5 * seconds < sum(phases) <= seconds
+        assert 0.8 * seconds < sum(phases) <= seconds
         assert line["agree_seconds"] < line["communication_seconds"] < seconds_around(line)
         assert 0 < line["model_flop_utilisation"] < 1
     (end,) = runs.read_metrics(run, "end")

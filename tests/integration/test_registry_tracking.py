@@ -168,12 +168,12 @@ def test_a_server_that_comes_up_late_gets_everything_once(
     caplog.set_level(logging.WARNING, "s2ft_ray")
     started = time.monotonic()
     tracked = TrackedRun.start(config(home, server.url), run_folder=run_folder)
-    assert time.monotonic() - started < 5
+    assert time.monotonic() - started < 1
     assert tracked.run_id is None
     write_points(run_folder, range(1, 201))
     started = time.monotonic()
     assert not tracked.flush(2)
-    assert time.monotonic() - started < 10
+    assert time.monotonic() - started < 3
     server.start()
     write_points(run_folder, range(201, 301))
     assert tracked.finish("FINISHED", timeout_s=60)
@@ -210,7 +210,7 @@ def test_what_could_not_be_delivered_waits_in_the_run_folder(
     write_points(run_folder, range(1, 51))
     started = time.monotonic()
     assert not tracked.finish("FINISHED", timeout_s=1)
-    assert time.monotonic() - started < 10
+    assert time.monotonic() - started < 4
     assert "nothing is lost" in caplog.text
     with pytest.raises(JobError, match=rf"{server.url} can't be used.*s2ft up"):
         deliver_run(config(home, server.url), run_folder)

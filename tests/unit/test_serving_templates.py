@@ -58,7 +58,7 @@ def test_what_was_too_expensive_costs_nothing_a_second_time(renderer: TemplateRe
         started = time.monotonic()
         with pytest.raises(ConfigError, match="more than the 1 s"):
             renderer.render(LOOPS + "again", TURNS, TOKENS, 100)
-    assert time.monotonic() - started < 0.9  # not the second that it would take again
+    assert time.monotonic() - started < 0.2
 
 
 def test_a_client_is_told_the_limit() -> None:
